@@ -106,7 +106,7 @@ $(SANITIZED)/asan/%.o: csrc/%.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(STRICT) $(ASAN) -c $< -o $@
 
-$(SANITIZED)/crc64: tests/native/test_crc64.cpp $(SANITIZED)/asan/crc64.o
+$(SANITIZED)/crc64: tests/native/test_crc64.cpp $(SANITIZED)/asan/crc64.o $(SANITIZED)/asan/crc64_rows.o
 $(SANITIZED)/driver-asan: tests/native/driver.cpp $(ASAN_CORE)
 $(SANITIZED)/exhaustion: tests/native/exhaustion.cpp $(ASAN_CORE)
 $(SANITIZED)/fuzz-tables: tests/fuzz/fuzz_tables.cpp $(ASAN_CORE)

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <memory>
@@ -26,6 +27,12 @@ using namespace shardsave;
 namespace {
 
 using Table = py::array_t<std::int64_t, py::array::c_style>;
+using Sums = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
+
+// Rows that follow one another in memory, and begin `step` bytes apart in what is summed.
+struct RowsInMemory {
+  std::int64_t address, count, row_bytes, step;
+};
 
 template <class Row>
 std::vector<Row> rows(const Table& table, const char* name) {
@@ -194,15 +201,30 @@ PYBIND11_MODULE(_native, m) {
       py::arg("data"), py::pos_only());
   m.def(
       "crc64_of_rows",
-      [](const py::buffer& data, std::size_t rows, std::uint64_t step) {
-        const py::buffer_info info = data.request();
-        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("the buffer must be contiguous");
-        const auto length = static_cast<std::size_t>(info.size * info.itemsize);
-        if (rows == 0 || length % rows != 0) throw py::value_error("the buffer must consist of equal rows");
+      [](const Table& table) {
+        const std::vector<RowsInMemory> all = rows<RowsInMemory>(table, "rows");
+        Sums sums(table.shape(0));
+        std::uint64_t* const first = sums.mutable_data();
         py::gil_scoped_release free;
-        return crc64_raw_of_rows(info.ptr, rows, length / rows, step);
+        std::transform(all.begin(), all.end(), first, [](const RowsInMemory& one) {
+          return crc64_raw_of_rows(reinterpret_cast<const void*>(one.address), static_cast<std::size_t>(one.count),
+                                   static_cast<std::size_t>(one.row_bytes), static_cast<std::uint64_t>(one.step));
+        });
+        return sums;
       },
-      py::arg("data"), py::arg("rows"), py::arg("step"), py::pos_only());
+      py::arg("rows"), py::pos_only());
+  m.def(
+      "crc64_shifted",
+      [](const Sums& raw_sums, const Sums& nbytes) {
+        if (raw_sums.ndim() != 1 || nbytes.ndim() != 1 || raw_sums.size() != nbytes.size()) {
+          throw py::value_error("one length is needed for each sum");
+        }
+        Sums shifted(raw_sums.size());
+        std::transform(raw_sums.data(), raw_sums.data() + raw_sums.size(), nbytes.data(), shifted.mutable_data(),
+                       crc64_shift);
+        return shifted;
+      },
+      py::arg("raw_sums"), py::arg("nbytes"), py::pos_only());
   m.def(
       "copy_boxes",
       [](const Table& table) {

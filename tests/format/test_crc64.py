@@ -37,6 +37,18 @@ def test_is_linear(left: bytes, right: bytes) -> None:
     assert crc64.shift(parts[0], len(right)) ^ parts[1] == parts[2]
 
 
+def test_many_are_shifted_as_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches numpy or the C++ core, where sums are shifted by a wrong distance: none, a long one, several."""
+    sums = np.random.default_rng(0).integers(0, 2**64, 60, dtype=np.uint64)
+    nbytes = np.array([0, 1, 8, 4096, 12_345_678, 2**45 + 3] * 10, np.int64)
+    expected = [crc64.shift(one, length) for one, length in zip(sums.tolist(), nbytes.tolist())]
+    raw = [crc64.finish(one, length) for one, length in zip(sums.tolist(), nbytes.tolist())]  # is its own inverse
+    for _ in range(2):
+        assert crc64.shifted(sums, nbytes).tolist() == expected
+        assert crc64.raw_sums_of(sums, nbytes).tolist() == raw
+        monkeypatch.setattr(crc64, "native", None)
+
+
 @pytest.mark.parametrize("name", ["vpclmulqdq", "pclmulqdq", "pmull", "table"])
 def test_every_implementation_of_this_processor(name: str) -> None:
     """Catches a mistake in an implementation that is only chosen on other processors."""

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from shardsave._common import backend
 from shardsave._common.sources import TensorSource
+from shardsave._engine.row_sums import row_sums
 from shardsave._format import crc64
 from shardsave._ranks import box_sums
 from shardsave._ranks.box_sums import Summand, runs_of
@@ -57,14 +59,48 @@ def test_long_runs_and_known_checksums() -> None:
     assert found == [crc64.raw(tensor.view(-1).view(torch.uint8).numpy()) for tensor in (alone, only)]
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 61, 4096])
-def test_rows(length: int) -> None:
-    """Catches rows that the C++ core or numpy sums wrongly, of any length and distance."""
-    rows, step = 9, length + 13
-    data = np.random.default_rng(length).integers(0, 256, rows * length, dtype=np.uint8)
-    apart = np.zeros((rows, step), np.uint8)
-    apart[:, :length] = data.reshape(rows, length)
-    expected = crc64.raw(apart.reshape(-1)[: (rows - 1) * step + length])
-    assert crc64.raw_of_rows(data, rows, step) == expected
-    with mock.patch.object(crc64, "native", None):
-        assert crc64.raw_of_rows(data, rows, step) == expected
+@pytest.mark.parametrize("name", ["vpclmulqdq", "pclmulqdq", "pmull", "table", "portable"])
+def test_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows that an implementation sums wrongly: of any length, number and distance, with what lies before them in memory."""
+    native, best = backend.native, ""
+    if name == "portable":
+        monkeypatch.setattr(backend, "native", None)
+    elif native is None:
+        pytest.skip("the extension is not in use")
+    else:
+        best = native.crc64_implementation()
+        if not native.crc64_force_implementation(name):
+            pytest.skip(f"this processor has no {name}")
+    chance = random.Random(0)
+    data = np.random.default_rng(0).integers(0, 256, 650_000, dtype=np.uint8)
+    lines, expected = [], []
+    for length in (1, 3, 8, 15, 16, 17, 31, 61, 63, 64, 65, 127, 128, 129, 1000, *((70_000,) if best else ())):
+        for rows in (1, 2, 3, 4, 5, 9):
+            begin, step = chance.randrange(9), length + chance.choice((0, 1, 7, 64, 500))
+            lines.append((data.ctypes.data + begin, rows, length, step))
+            apart = np.zeros((rows, step), np.uint8)
+            apart[:, :length] = data[begin : begin + rows * length].reshape(rows, length)
+            expected.append(crc64.raw(apart.reshape(-1)[: (rows - 1) * step + length]))
+    try:
+        assert row_sums(np.array(lines, np.int64)).tolist() == expected
+    finally:
+        if best and native is not None:
+            native.crc64_force_implementation(best)
+
+
+def test_sums_of_many_boxes_take_one_call() -> None:
+    """Catches a call of the extension for each row or each small box."""
+    tensors = [torch.randn(50, 8) for _ in range(200)]
+    calls: list[int] = []
+
+    def note(table: np.ndarray) -> np.ndarray:
+        calls.append(len(table))
+        return row_sums(table)
+
+    with mock.patch.object(box_sums, "row_sums", note):
+        parts = [Summand(TensorSource.of(tensor), runs_of((50, 32), 4, ((0, 8), (50, 8)))) for tensor in tensors]
+        found = box_sums.box_sums(parts, 1, lambda: None)
+    assert calls == [200]
+    alone = torch.zeros(50, 32)
+    alone[:, 8:16] = tensors[-1]
+    assert found[-1] == crc64.raw(alone.view(-1).view(torch.uint8).numpy())

@@ -207,7 +207,7 @@ def change(rank: int, name: str, row: int) -> Callable[[int, dict[str, torch.Ten
 def test_equal_replicas() -> None:
     """Catches an error for replicas that are equal, and a state that is changed for nothing."""
     check = replicas(lambda rank, values: None)
-    for state, notes in on_threads(4, lambda session: check(session, "raise")):
+    for state, notes, _ in on_threads(4, lambda session: check(session, "raise")):
         assert not notes and isinstance(by_name(state)["n"].source.layout, Whole)
 
 
@@ -230,7 +230,7 @@ def test_replicas_that_differ(changed: Callable[[int, dict[str, torch.Tensor]], 
     assert re.match(
         f"cannot save {name}: the same values on all ranks that hold them were expected, {ranks}; on_divergence=", message
     )
-    for rank, (state, notes) in enumerate(on_threads(4, lambda session: check(session, "lowest_rank"))):
+    for rank, (state, notes, _) in enumerate(on_threads(4, lambda session: check(session, "lowest_rank"))):
         assert notes == (f"of replicas, those of the lowest rank were saved: {message[12 : message.index(';')]}",)
         for name, ranks_with_elements in {"w": (0, 1), "n": (0,), "r": (2,)}.items():
             source = by_name(state)[name].source

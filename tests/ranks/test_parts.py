@@ -235,7 +235,7 @@ def drifted(rank: int) -> tuple[str, State]:
     state = agree(session, read_state(model, reader=PartReader(range(4), rank)))
     with pytest.raises(UnsupportedTensorError) as error:
         check_replicas(session, state, "raise")
-    _, notes = check_replicas(session, state, "lowest_rank")
+    _, notes, _ = check_replicas(session, state, "lowest_rank")
     return str(error.value), notes
 
 

@@ -23,8 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shardsave
 from jobs import run_ranks
-from shardsave._ranks import box_sums
-from shardsave._saving import reuse
+from shardsave._ranks import box_sums, reading_back
 from shardsave._storage.transaction import Transaction
 
 SIZE = "2kB"
@@ -197,7 +196,7 @@ def damage_and_save(rank: int, folder: Path) -> list[Any]:
     save(model, folder / "earlier")
     if rank == 0:
         shards = sorted((folder / "earlier").glob("*.safetensors"))
-        _flip(shards[0])
+        flip_last_byte(shards[0])
         os.truncate(shards[1], 100)
     dist.barrier()
     report = save(model, folder / "next", reuse=folder / "earlier")
@@ -217,7 +216,7 @@ def damage_and_save(rank: int, folder: Path) -> list[Any]:
     return found
 
 
-def _flip(path: Path) -> None:
+def flip_last_byte(path: Path) -> None:
     """Changes the last byte of a file, as a failing disk does."""
     status = path.stat()
     with path.open("r+b") as file:
@@ -376,7 +375,9 @@ def failed_while_comparing(rank: int, folder: Path, victim: int) -> list[str]:
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError("no memory for sums")
 
-    place: Any = mock.patch.object(box_sums, "checksums", fail) if victim else mock.patch.object(reuse, "_is_intact", fail)
+    place: Any = (
+        mock.patch.object(box_sums, "checksums", fail) if victim else mock.patch.object(reading_back, "sums_on_disk", fail)
+    )
     with place if rank == victim else contextlib.nullcontext():
         try:
             save(model, folder / "ckpt")

@@ -59,6 +59,10 @@ def contributions(sums: NDArray[np.uint64], nbytes: NDArray[np.int64], after: ND
 
 def shifted(raw_sums: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[np.uint64]:
     """`shift` of each of ``raw_sums``."""
+    products: NDArray[np.uint64]
+    if native is not None:
+        products = native.crc64_shifted(raw_sums, nbytes.astype(np.uint64))
+        return products
     ends, of_end = np.unique(nbytes, return_inverse=True)
     powers = np.array([_power(end) for end in ends.tolist()], np.uint64)[of_end]
     products = np.zeros_like(raw_sums)
@@ -72,15 +76,13 @@ def shifted(raw_sums: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[
 
 def raw_sums_of(sums: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[np.uint64]:
     """The raw sums of runs of ``nbytes`` bytes with the complete checksums ``sums``."""
-    lengths, of_length = np.unique(nbytes, return_inverse=True)
-    return sums ^ np.array([finish(0, length) for length in lengths.tolist()], np.uint64)[of_length]
+    ones = np.full(len(sums), _ONES, np.uint64)
+    return sums ^ shifted(ones, nbytes) ^ ones
 
 
 def raw_of_rows(data: NDArray[np.uint8], rows: int, step: int) -> int:
     """The raw sum of ``rows`` rows of equal lengths, which follow one another in ``data`` and begin ``step`` bytes apart in what is
     summed; the bytes between them count as zero."""
-    if native is not None:
-        return int(native.crc64_of_rows(data, rows, step))
     total = 0
     for row_sum in _row_sums(data.reshape(rows, -1)).tolist():
         total = shift(total, step) ^ row_sum

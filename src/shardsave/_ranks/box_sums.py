@@ -12,13 +12,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from shardsave._common.layouts import Extent
-from shardsave._common.sources import ByteSource, TensorSource
+from shardsave._common.sources import ByteSource
 from shardsave._engine.checksums import checksums
-from shardsave._format.crc64 import raw_of_rows, raw_sums_of, shift, shifted
+from shardsave._engine.row_sums import row_sums
+from shardsave._format.crc64 import raw_sums_of, shifted
 from shardsave._ranks.shares import element_strides
 
 #: The most bytes that are summed in one call.
@@ -32,6 +32,11 @@ class Runs(NamedTuple):
     length: int
     levels: tuple[tuple[int, int], ...]
     after: int
+
+    @property
+    def last(self) -> int:
+        """Where the last run ends, in bytes from the beginning of the first one."""
+        return sum((size - 1) * stride for size, stride in self.levels) + self.length
 
 
 @lru_cache(maxsize=1 << 14)
@@ -66,37 +71,62 @@ def box_sums(parts: Sequence[Summand], workers: int | None, check: Callable[[], 
 
     Raises TransferFault, and what ``check`` raises.
     """
-    sums = np.zeros(len(parts), np.uint64)
     in_one = [number for number, part in enumerate(parts) if not part.runs.levels]
-    if in_one:
-        unknown = [number for number in in_one if parts[number].checksum is None]
-        computed = dict(zip(unknown, checksums([parts[number].source for number in unknown], workers=workers, check=check)))
-        known = [computed.get(number, parts[number].checksum) for number in in_one]
-        lengths = np.array([parts[number].runs.length for number in in_one], np.int64)
-        sums[in_one] = raw_sums_of(np.array(known, np.uint64), lengths)
-    for number, part in enumerate(parts):
-        if part.runs.levels:
-            sums[number] = _sum_of_runs(part, check)
-    return shifted(sums, np.array([part.runs.after for part in parts], np.int64))
-
-
-def _sum_of_runs(part: Summand, check: Callable[[], object]) -> int:
-    """The raw sum of a part with several runs, up to the end of the last one."""
-    source, runs, _ = part
-    total, last, local = 0, 0, 0
-    memory = _memory_of(source)
-    buffer = np.empty(min(source.nbytes, _STEP) if memory is None else 0, np.uint8)
-    for rows, length, step, end in _steps(runs):
+    unknown = [number for number in in_one if parts[number].checksum is None]
+    computed = dict(zip(unknown, checksums([parts[number].source for number in unknown], workers=workers, check=check)))
+    known = np.array([computed.get(number, parts[number].checksum) for number in in_one], np.uint64)
+    lengths = np.array([parts[number].runs.length for number in in_one], np.int64)
+    numbers, after = [in_one], [[parts[number].runs.after for number in in_one]]
+    raw_sums = [raw_sums_of(known, lengths)]
+    for lines in _lines(parts):
         check()
-        nbytes = rows * length
-        if memory is not None:
-            data = memory[local : local + nbytes]
-        else:
-            data = buffer[:nbytes]
-            source.gather(local, data.data)
-        total = shift(total, end - last) ^ raw_of_rows(data, rows, step)
-        last, local = end, local + nbytes
-    return total
+        table = np.array(lines, np.int64)
+        numbers.append(table[:, 0].tolist())
+        after.append(table[:, 1].tolist())
+        raw_sums.append(row_sums(table[:, 2:]))
+    sums = np.zeros(len(parts), np.uint64)
+    shares = shifted(np.concatenate(raw_sums), np.array([*itertools.chain(*after)], np.int64))
+    np.bitwise_xor.at(sums, [*itertools.chain(*numbers)], shares)
+    return sums
+
+
+class _Line(NamedTuple):
+    """Some runs of the part with this ``number``, which are ``rows`` in memory, for `row_sums`. ``after``: the bytes of the tensor that
+    follow the last of them."""
+
+    number: int
+    after: int
+    address: int
+    rows: int
+    length: int
+    step: int
+
+
+def _lines(parts: Sequence[Summand]) -> Iterator[list[_Line]]:
+    """All runs of those of ``parts`` that have several, about `_STEP` bytes at a time; addresses are valid until the next are asked for."""
+    lines: list[_Line] = []
+    nbytes = 0
+    buffer = np.empty(0, np.uint8)
+    for number, (source, runs, _) in enumerate(parts):
+        if not runs.levels:
+            continue
+        place, local = source.memory(), 0
+        in_memory = place is not None and place[0] < 0
+        for rows, length, step, end in _steps(runs):
+            if place is not None and in_memory:
+                address = place[1] + local
+            else:
+                buffer = buffer if buffer.size else np.empty(_STEP, np.uint8)
+                source.gather(local, buffer[: rows * length].data)
+                address = buffer.ctypes.data
+            lines.append(_Line(number, runs.last - end + runs.after, address, rows, length, step))
+            local += rows * length
+            nbytes += rows * length
+            if nbytes >= _STEP or not in_memory:
+                yield lines
+                lines, nbytes = [], 0
+    if lines:
+        yield lines
 
 
 def _steps(runs: Runs) -> Iterator[tuple[int, int, int, int]]:
@@ -114,10 +144,3 @@ def _steps(runs: Runs) -> Iterator[tuple[int, int, int, int]]:
             for at, first in itertools.product(range(0, count * step, step), range(0, runs.length, _STEP)):
                 length = min(_STEP, runs.length - first)
                 yield 1, length, step, begin + at + first + length
-
-
-def _memory_of(source: ByteSource) -> NDArray[np.uint8] | None:
-    """The bytes of ``source``, if they are in host memory as the file has them."""
-    if not isinstance(source, TensorSource) or source.memory() is None or source.cuda_device >= 0:
-        return None
-    return source.tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -1,7 +1,8 @@
 """Compares the tensors of a job with the checksums of an earlier checkpoint: each rank sums what it has, and the parts are joined.
 
 Rank 0 knows the checksums and asks; the others answer. Of each shard, a rank tells one number: the sum of what its boxes add to the raw
-checksums of the tensors, each multiplied by a factor of its own. Nothing else is exchanged.
+checksums of the tensors, each multiplied by a factor of its own. Nothing else is exchanged. Where rank 0 asks what the disk has of them,
+`reading_back` answers.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from shardsave._format.crc64 import raw_sums_of
 from shardsave._format.packing import StoredTensor
 from shardsave._ranks.box_sums import Runs, Summand, box_sums, runs_of
 from shardsave._ranks.joined_sums import factors, times
+from shardsave._ranks.reading_back import Question, read_together
 from shardsave._ranks.replicas import shared, view_of
 from shardsave._ranks.talk import Session
 from shardsave._saving.comparison import Stored
 from shardsave._saving.contents import Contents
 from shardsave._saving.frozen import FrozenMemory, remember, sum_when_saved
+from shardsave._saving.read_back import damage_of, damage_on_disk
+from shardsave._saving.shards import UnchangedShard
 from shardsave._saving.watch import Watch
+from shardsave._storage.earlier import EarlierCheckpoint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,9 +40,14 @@ if TYPE_CHECKING:
     Sums = NDArray[np.uint64]
 
 
+#: What a question of rank 0 begins with: which tensors to compare, or which files to read back.
+_COMPARE, _READ_BACK = b"c", b"r"
+
+
 class AmongRanks:
     """The comparison of all ranks of ``session``, which make it from equal ``contents``. ``frozen``: name → memory of this rank that may be
-    assumed to be unchanged. ``ask``: tells the other ranks, which call `answer` with what they were told.
+    assumed to be unchanged. ``ask``: tells the other ranks, which call `answer` with what they were told. ``known``: as in
+    `replicas.Checked`.
     """
 
     def __init__(
@@ -47,13 +57,14 @@ class AmongRanks:
         frozen: Mapping[str, FrozenMemory],
         watch: Watch,
         ask: Callable[[bytes], object],
+        known: Callable[[], Mapping[tuple[int, Extent], int]],
     ) -> None:
         self._session = session
         self._contents = contents
         self._frozen = frozen
         self._watch = watch
         self._ask = ask
-        self._numbers: dict[str, int] = {}  # where this rank leads
+        self._find_known = known
         self._sums: dict[str, int] = {}  # name in ``frozen`` → what this rank adds
 
     @cached_property
@@ -62,16 +73,23 @@ class AmongRanks:
         with gc_paused():
             return [pair for shard in self._contents.shards for pair in zip(shard.layout.tensors, shard.pieces)]
 
+    @cached_property
+    def _known(self) -> Mapping[tuple[int, Extent], int]:
+        return self._find_known()
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Name of a tensor → its number."""
+        return {tensor.name: number for number, (tensor, _) in enumerate(self._stored)}
+
     def known(self, stored: Stored) -> int | None:
         """None: no rank knows the checksum of a whole tensor."""
         return None
 
     def equal(self, lists: Sequence[Sequence[Stored]]) -> list[bool]:
         """As `Comparison.equal`. Called on rank 0 alone."""
-        if not self._numbers:
-            self._numbers = {tensor.name: number for number, (tensor, _) in enumerate(self._stored)}
         numbers = [[self._numbers[stored.tensor.name] for stored in row] for row in lists]
-        self._ask(zlib.compress(json.dumps(numbers).encode(), 1))
+        self._ask(_COMPARE + zlib.compress(json.dumps(numbers).encode(), 1))
         found = self._gathered(numbers)
         assert found is not None
         rows = [stored for row in lists for stored in row]
@@ -79,9 +97,28 @@ class AmongRanks:
         wanted = _combined(numbers, raw_sums_of(checksums, np.array([stored.tensor.nbytes for stored in rows], np.int64)))
         return (found == wanted).tolist()  # type: ignore[no-any-return]
 
+    def damage_on_disk(self, earlier: EarlierCheckpoint, shards: Sequence[UnchangedShard]) -> list[str]:
+        """As `Comparison.damage_on_disk`. Called on rank 0 alone."""
+        if not shards:
+            return []
+        question = Question.about(earlier, shards, self._numbers)
+        self._ask(_READ_BACK + question.encode())
+        read = self._read_back(question)
+        assert read is not None
+        return [
+            damage_of(earlier, shard, sums) if sums is not None else damage_on_disk(earlier, shard, self._watch.check)
+            for shard, sums in zip(shards, read)
+        ]
+
     def answer(self, question: bytes) -> None:
-        """Tells rank 0 what this rank has of the tensors that it asks for. Raises as `Comparison.equal`."""
-        self._gathered(json.loads(zlib.decompress(question)))
+        """Tells rank 0 what this rank has of the tensors that it asks for, or what the disk has of them. Raises as `Comparison.equal`."""
+        if question.startswith(_READ_BACK):
+            self._read_back(Question.decode(question[len(_READ_BACK) :]))
+        else:
+            self._gathered(json.loads(zlib.decompress(question[len(_COMPARE) :])))
+
+    def _read_back(self, question: Question) -> list[list[int] | None] | None:
+        return read_together(self._session, question, lambda number: self._stored[number][0], self._watch.check)
 
     def remember(self) -> None:
         """Notes what the frozen parameters had, once it is saved."""
@@ -141,7 +178,10 @@ class AmongRanks:
         for holders, box, runs in _boxes(piece.layout, rank, piece.dtype.itemsize):
             if holders[number % len(holders)] == rank:
                 tensor = view_of(piece.local, box)
-                parts.append(Summand(TensorSource(tensor, piece.dtype), runs, piece.sum_of(tensor)))
+                checksum = piece.sum_of(tensor)
+                if checksum is None and tensor.dtype is piece.dtype:
+                    checksum = self._known.get((id(piece), box))
+                parts.append(Summand(TensorSource(tensor, piece.dtype), runs, checksum))
         return parts
 
 

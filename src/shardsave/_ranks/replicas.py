@@ -9,8 +9,8 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,18 +23,13 @@ from shardsave._common.senders import holders
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import count, some
-from shardsave._engine import engine
-from shardsave._engine.blocks import blocks
-from shardsave._engine.transfer import BLOCK_BYTES
+from shardsave._engine.checksums import checksums
 from shardsave._ranks.talk import Session
 from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
 
 #: From so many ranks of one set of replicas the sums are compared one by one, to name the tensors that differ.
 _MOST_COMPARED = 16
-
-#: Of so many bytes each piece begins at a multiple in the table of blocks, so that no element is cut.
-_ALIGNMENT = 64
 
 
 class _Replicated(NamedTuple):
@@ -55,18 +50,36 @@ class ReplicaSums(NamedTuple):
     of_sets: Mapping[bytes, np.ndarray[Any, np.dtype[np.uint64]]]
 
 
-def check_replicas(
-    session: Session, state: State, on_divergence: Literal["raise", "lowest_rank"]
-) -> tuple[State, tuple[str, ...]]:
-    """Compares the replicas of ``state``, which `agree` returned. Returns it, and notes for the report.
+class Checked(NamedTuple):
+    """A ``state`` in which replicas are equal, and ``notes`` for the report. ``known``: returns the checksums of the replicas of this rank,
+    which need not be summed again: `id` of the source in ``state``, and the box → checksum."""
+
+    state: State
+    notes: tuple[str, ...]
+    known: Callable[[], Mapping[tuple[int, Extent], int]]
+
+
+def check_replicas(session: Session, state: State, on_divergence: Literal["raise", "lowest_rank"]) -> Checked:
+    """Compares the replicas of ``state``, which `agree` returned.
 
     If replicas differ: raises UnsupportedTensorError on all ranks, or lets only the lowest rank of each have them, and says so in a note.
     """
-    notes = compare_replicas(session, sum_replicas(state.entries, session.rank), on_divergence)
+    sums = sum_replicas(state.entries, session.rank)
+    notes = compare_replicas(session, sums, on_divergence)
     if not notes:
-        return state, ()
+        return Checked(state, (), partial(_known, state.entries, sums, session.rank))
     entries = tuple(entry._replace(source=_lowest(entry.source, session.rank)) for entry in state.entries)
-    return state._replace(entries=entries), notes
+    return Checked(state._replace(entries=entries), notes, dict)
+
+
+def _known(entries: Sequence[Entry], sums: ReplicaSums, rank: int) -> dict[tuple[int, Extent], int]:
+    sources = [entry.source for entry in entries if entry.tied_to is None]
+    sets = _replicated(sums.layouts, rank)
+    return {
+        (id(sources[number]), box): checksum
+        for key, pieces in sets.items()
+        for (number, box), checksum in zip(pieces, sums.of_sets[key].tolist())
+    }
 
 
 def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
@@ -76,9 +89,12 @@ def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
     layouts = [source.layout for source in sources]
     with gc_paused():
         sets = _replicated(layouts, rank)
+        held = [sources[number] for pieces in sets.values() for number, _ in pieces]
         tensors = [view_of(sources[number].local, box) for pieces in sets.values() for number, box in pieces]
-        replicas = [*map(TensorSource.of, tensors)]
-    sums = _sums(replicas)
+        known = [source.sum_of(tensor) if tensor.dtype is source.dtype else None for source, tensor in zip(held, tensors)]
+        unknown = [number for number, checksum in enumerate(known) if checksum is None]
+    sums = np.array([checksum or 0 for checksum in known], np.uint64)
+    sums[unknown] = checksums([TensorSource.of(tensors[number]) for number in unknown])
     at = 0
     of_sets: dict[bytes, np.ndarray[Any, np.dtype[np.uint64]]] = {}
     for key, pieces in sets.items():
@@ -181,23 +197,6 @@ def view_of(chunks: Sequence[Chunk], box: Extent) -> torch.Tensor:
     if tuple(tensor.shape) == box[1]:
         return tensor
     return tensor[tuple(slice(at - first, at - first + size) for at, first, size in zip(box[0], begin, box[1]))]
-
-
-def _sums(sources: Sequence[TensorSource]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The checksum of each of ``sources``."""
-    if not sources:
-        return np.zeros(0, np.uint64)
-    extents = np.ones((len(sources), 4), np.int64)
-    extents[:, 0] = 0
-    extents[:, 2] = [source.nbytes for source in sources]
-    extents[1:, 1] = np.cumsum(-(-extents[:-1, 2] // _ALIGNMENT) * _ALIGNMENT)
-    extents[0, 1] = 0
-    transfer = engine.gather(blocks(extents, BLOCK_BYTES), sources, tick=_ignore)
-    return np.array(transfer.sums, np.uint64)
-
-
-def _ignore(_: int) -> None:
-    pass
 
 
 def _differing(messages: Sequence[bytes]) -> bytes:

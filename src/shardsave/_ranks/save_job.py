@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from typing import Literal
 
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.layouts import Extent
 from shardsave._common.spread import Spread
 from shardsave._engine.transfer import TransferFault
 from shardsave._ranks.agree import Said as SaidOfState
@@ -45,7 +46,7 @@ from shardsave._state.module import Entry, State
 from shardsave._storage.joined import Invitation, Joined
 from shardsave._storage.transaction import Transaction
 
-#: What rank 0 publishes before anything is written: questions about tensors, then what all will write.
+#: What rank 0 publishes before anything is written: questions about tensors and files, then what all will write.
 _PLAN, _ASKED = "plan of the files", b"?"
 
 #: What rank 0 publishes of the layout on disk, where names and tensors stay as they are; its fingerprint follows.
@@ -89,6 +90,7 @@ class SaveJob:
         self._said: tuple[SaidOfState | None, SaidOfState | None] = None, None  # of the state and the training state
         self._is_alike = False  # whether all ranks say the same
         self._training: OwnTraining | None = None
+        self._known: Callable[[], Mapping[tuple[int, Extent], int]] = dict  # as in `Checked`
         self._claims: Claims | None = None  # where this rank leads
 
     @property
@@ -155,7 +157,7 @@ class SaveJob:
         entries = [entry for entry in entries if isinstance(entry.source, Spread)]
         spread = contents.state._replace(entries=tuple(entries))
         with self._session.for_all():
-            state, notes = check_replicas(self._session, spread, self._on_divergence)
+            state, notes, self._known = check_replicas(self._session, spread, self._on_divergence)
             if self._training is not None:  # the lowest rank writes each box of it anyway
                 notes = (*notes, *compare_replicas(self._session, self._training.sums, self._on_divergence, of_training=True))
         contents = contents._replace(notes=(*contents.notes, *notes))
@@ -208,7 +210,7 @@ class SaveJob:
         self, contents: Contents, work: Callable[[Comparison], Prepared], frozen: Mapping[str, FrozenMemory], watch: Watch
     ) -> Prepared:
         comparison = AmongRanks(
-            self._session, contents, frozen, watch, lambda what: self._session.publish(_PLAN, _ASKED + what)
+            self._session, contents, frozen, watch, lambda what: self._session.publish(_PLAN, _ASKED + what), self._known
         )
         if self.leads:
             with self._session.for_all():

@@ -1,4 +1,4 @@
-"""Compares tensors as they are now with the checksums that an earlier checkpoint has of them."""
+"""Compares tensors, and files, as they are now with the checksums that an earlier checkpoint has of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from shardsave._common.sources import ByteSource
 from shardsave._engine import engine
 from shardsave._format.packing import StoredTensor, pack
 from shardsave._saving.frozen import FrozenMemory, sum_when_saved
-from shardsave._saving.shards import data_blocks
+from shardsave._saving.read_back import damage_on_disk
+from shardsave._saving.shards import UnchangedShard, data_blocks
 from shardsave._saving.watch import Watch
+from shardsave._storage.earlier import EarlierCheckpoint
 
 
 class Stored(NamedTuple):
@@ -30,6 +32,9 @@ class Comparison(Protocol):
     def equal(self, lists: Sequence[Sequence[Stored]]) -> list[bool]:
         """For each list, whether all tensors in it have their stored checksums now. Raises TransferFault."""
 
+    def damage_on_disk(self, earlier: EarlierCheckpoint, shards: Sequence[UnchangedShard]) -> list[str]:
+        """For each of ``shards``, why its file cannot be taken over; "" if the disk has what its header says."""
+
 
 class InThisProcess:
     """The comparison of a process that has all tensors. ``frozen``: name → memory that may be assumed to be unchanged."""
@@ -47,6 +52,9 @@ class InThisProcess:
     def equal(self, lists: Sequence[Sequence[Stored]]) -> list[bool]:
         sums = self._sums([stored for row in lists for stored in row])
         return [all(sums[tensor.name] == checksum for checksum, tensor, _ in row) for row in lists]
+
+    def damage_on_disk(self, earlier: EarlierCheckpoint, shards: Sequence[UnchangedShard]) -> list[str]:
+        return [damage_on_disk(earlier, shard, self._watch.check) for shard in shards]
 
     def _sums(self, stored: Sequence[Stored]) -> dict[str, int]:
         """The checksum of each tensor as it is in memory now, by name."""

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from shardsave._common.os_calls import CallFailed
 from shardsave._common.sources import ByteSource
 from shardsave._common.words import count
-from shardsave._engine import engine
 from shardsave._engine.transfer import TransferFault
 from shardsave._format.crc64 import crc64
 from shardsave._format.header import Header, with_sums
@@ -29,7 +28,7 @@ from shardsave._format.packing import Shard, StoredTensor
 from shardsave._saving.comparison import Comparison, Stored
 from shardsave._saving.contents import Contents
 from shardsave._saving.frozen import FrozenMemory
-from shardsave._saving.shards import PlannedShard, UnchangedShard, fault_before_writing, plan_blocks
+from shardsave._saving.shards import PlannedShard, UnchangedShard, fault_before_writing
 from shardsave._saving.watch import Watch
 from shardsave._storage.earlier import EarlierCheckpoint
 from shardsave._storage.transaction import Transaction
@@ -90,7 +89,12 @@ def find_unchanged(
 
 
 def take_over(
-    transaction: Transaction, unchanged: Unchanged, shards: Mapping[str, PlannedShard], recheck_every: int, watch: Watch
+    transaction: Transaction,
+    unchanged: Unchanged,
+    shards: Mapping[str, PlannedShard],
+    recheck_every: int,
+    comparison: Comparison,
+    watch: Watch,
 ) -> tuple[dict[str, UnchangedShard], list[str]]:
     """Stages those of ``shards`` (name → shard) that are unchanged, and intact on the disk.
 
@@ -98,24 +102,28 @@ def take_over(
     """
     taken: dict[str, UnchangedShard] = {}
     notes: list[str] = []
-    refused = gone = 0
     if unchanged.earlier is None:
         return taken, notes
     by_plan = {id(shard.planned): shard for shard in unchanged.shards}
+    staged: list[tuple[str, UnchangedShard, tuple[int, ...]]] = []
+    refused = gone = 0
     for name, planned in shards.items():
         watch.check()
         shard = by_plan.get(id(planned))
         if shard is None:
             continue
         identity = transaction.take_over(name, unchanged.earlier, shard.earlier)
-        if identity is None:
-            if unchanged.earlier.has(shard.earlier):
-                refused += 1
-            else:
-                gone += 1
-            continue
-        # Only now: where nothing can be taken over, nothing is read in vain.
-        if not _is_intact(unchanged.earlier, shard, recheck_every, watch, notes):
+        if identity is not None:
+            staged.append((name, shard, identity))
+        elif unchanged.earlier.has(shard.earlier):
+            refused += 1
+        else:
+            gone += 1
+    # Only now: where nothing can be taken over, nothing is read in vain.
+    damaged = _damaged(unchanged.earlier, [shard for _, shard, _ in staged], recheck_every, comparison)
+    for name, shard, identity in staged:
+        if damage := damaged.get(shard.earlier.identity):
+            notes.append(damage)
             transaction.drop(name)
             continue
         taken[name] = shard
@@ -136,6 +144,20 @@ def take_over(
             f"and the permissions of a new one was expected, it is not possible"
         )
     return taken, notes
+
+
+def _damaged(
+    earlier: EarlierCheckpoint, shards: Sequence[UnchangedShard], every: int, comparison: Comparison
+) -> dict[tuple[int, ...], str]:
+    """Those of ``shards`` that are damaged on disk, as far as this must be known now: the identity of the file, and what is damaged."""
+    to_read = [shard for shard in shards if _taken.get(shard.earlier.identity, every) >= every]
+    damaged = {}
+    for shard, damage in zip(to_read, comparison.damage_on_disk(earlier, to_read)):
+        if damage:
+            damaged[shard.earlier.identity] = damage
+        else:
+            _taken[shard.earlier.identity] = 0
+    return damaged
 
 
 def _candidates(
@@ -246,32 +268,3 @@ def _unchanged(candidates: Iterable[UnchangedShard], frozen: frozenset[str], com
         left = [one for one, equal in zip(left, comparison.equal(batch)) if equal]
         bound *= 8
     return [shard for shard, _ in left]
-
-
-def _is_intact(earlier: EarlierCheckpoint, shard: UnchangedShard, every: int, watch: Watch, damage: list[str]) -> bool:
-    """Whether the file of ``shard`` has its checksums on disk, as far as this must be known now."""
-    name, identity = shard.earlier.name, shard.earlier.identity
-    if _taken.get(identity, every) < every:
-        return True
-    try:
-        file = earlier.open(name, identity)
-        if file is None:
-            damage.append(f"{name} of {earlier.path} was removed or replaced meanwhile, it was written anew")
-            return False
-        with file:
-            pieces = [None] * len(shard.sums)
-            found = engine.read(
-                [file.fd], plan_blocks([shard.planned]), pieces, access="direct", tick=lambda done: watch.check()
-            )
-    except (CallFailed, TransferFault) as error:
-        damage.append(f"{name} of {earlier.path} cannot be read ({error}), it was written anew")
-        return False
-    for tensor, stored, computed in zip(shard.planned.layout.tensors, shard.sums, found.sums):
-        if stored != computed:
-            damage.append(
-                f"{name} of {earlier.path} is damaged, it was written anew: tensor {tensor.name!r} has checksum {computed:016x}, its "
-                f"header says {stored:016x}; the file was changed after it was saved"
-            )
-            return False
-    _taken[identity] = 0
-    return True

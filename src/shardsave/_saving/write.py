@@ -167,7 +167,7 @@ class _Lead:
             names = _name_files(transaction, contents)
             shards = dict(zip(names.shards, contents.shards))
             every = reuse.recheck_every if reuse is not None else 1
-            self.taken, more = take_over(transaction, unchanged, shards, every, self._watch)
+            self.taken, more = take_over(transaction, unchanged, shards, every, comparison, self._watch)
         taken = {name: shard.planned for name, shard in self.taken.items()}
         return Prepared(contents, names, taken, [*contents.notes, *unchanged.notes, *more], kept)
 

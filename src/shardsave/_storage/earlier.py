@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import TracebackType
 from typing import NamedTuple
 
 from shardsave._common.descriptors import Descriptor
@@ -97,11 +98,35 @@ class EarlierCheckpoint:
 
     def open(self, shard: str, identity: tuple[int, ...]) -> Descriptor | None:
         """Opens ``shard`` for reading; returns None if it is not the file with this ``identity`` any more. Raises CallFailed."""
-        file = self.folder.open_regular(shard, follow=False)
-        if file is not None and file_identity(call(os.fstat, shard, file.fd)) != identity:
-            file.abandon()
-            return None
-        return file
+        return _open(self.folder, shard, lambda found: found == identity)
+
+
+class EarlierFolder:
+    """The directory of a checkpoint that another process has opened as an `EarlierCheckpoint`, maybe on another machine. As a context
+    manager it is closed at the end. For one thread; every method raises CallFailed."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = Directory()
+        self._folder.open_for_writing(path)
+
+    def __enter__(self) -> EarlierFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._folder.close()
+
+    def open(self, shard: str, identity: Sequence[int]) -> Descriptor | None:
+        """As `EarlierCheckpoint.open`. Each machine has numbers of its own for devices."""
+        return _open(self._folder, shard, lambda found: found[1:] == tuple(identity[1:]))
+
+
+def _open(folder: Directory, shard: str, is_right: Callable[[tuple[int, ...]], bool]) -> Descriptor | None:
+    """Opens ``shard`` for reading; returns None if ``is_right`` does not accept the identity of its file. Raises CallFailed."""
+    file = folder.open_regular(shard, follow=False)
+    if file is not None and not is_right(file_identity(call(os.fstat, shard, file.fd))):
+        file.abandon()
+        return None
+    return file
 
 
 def open_earlier(path: str, here: Directory, staging: Staging) -> EarlierCheckpoint | str | None:
