@@ -46,15 +46,27 @@ class Ended(NamedTuple):
     trace: str = ""
 
 
+def on_this_host(rank: int) -> str:
+    """Every rank runs where the test does."""
+    return "127.0.0.1"
+
+
 class Job:
     """A job of ``size`` processes that run ``function``. Ends them all when it is left.
 
     ``store_in``: who serves the store of the job: this process, as an agent of torchrun does, or ``"rank 0"``, so that it dies with it.
-    ``libraries``: whether each rank begins with transformers and PEFT imported, which takes seconds.
+    ``libraries``: whether each rank begins with transformers and PEFT imported, which takes seconds. ``place``: called first in each
+    process, with its rank; returns the address at which it finds the store.
     """
 
     def __init__(
-        self, size: int, function: Callable[..., Any], *arguments: Any, store_in: str = "agent", libraries: bool = False
+        self,
+        size: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        store_in: str = "agent",
+        libraries: bool = False,
+        place: Callable[[int], str] = on_this_host,
     ) -> None:
         self.size = size
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store_in == "agent" else None
@@ -70,7 +82,7 @@ class Job:
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
                 target=_run_rank,
-                args=(rank, size, port, store_in != "agent" and rank == 0, theirs, list(sys.path), function, arguments),
+                args=(rank, size, place, port, store_in != "agent" and rank == 0, theirs, list(sys.path), function, arguments),
             )
             with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
                 process.start()
@@ -134,6 +146,7 @@ def _free_port() -> int:
 def _run_rank(
     rank: int,
     size: int,
+    place: Callable[[int], str],
     port: int,
     serves: bool,
     pipe: Connection,
@@ -145,7 +158,7 @@ def _run_rank(
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=serves, wait_for_workers=False)
+        store = dist.TCPStore(place(rank), port, is_master=serves, wait_for_workers=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         end = Ended(function(rank, *arguments))
     except BaseException as error:

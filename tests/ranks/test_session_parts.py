@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import socket
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from shardsave._ranks import heartbeat
 from shardsave._ranks.failures import Failure, failure_of, unpacked
+from shardsave._ranks.group import this_host
 from shardsave._ranks.heartbeat import Pulse
 from shardsave._ranks.roll import Roll, listed, unpack_roll
-from shardsave._ranks.sockets import Message, Peer
+from shardsave._ranks.sockets import Message, Peer, connect
 from shardsave._ranks.values import pack, unpack
 from shardsave.errors import SaveNotCommittedError
 
@@ -98,6 +102,55 @@ def test_failures(error: BaseException, kind: str, text: str) -> None:
     failure = unpacked(failure_of(error, "rank 1").packed())
     assert failure == Failure(kind, text)
     assert type(failure.error(SaveNotCommittedError)).__name__ == kind or kind == ""
+
+
+def host_key(namespace: bool, name: str = "") -> str:
+    """The key of the host of a child, whose user namespace has other users for the kernel, if ``namespace``; ``name``: of its machine."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    ours, theirs = os.pipe()
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        failed = libc.unshare(0x10000000) if namespace else 0  # CLONE_NEWUSER
+        failed = failed or (libc.unshare(0x04000000) or libc.sethostname(name.encode(), len(name)) if name else 0)
+        os.write(theirs, b"-" if failed else b"+")
+        os.read(ready, 1)
+        os.write(theirs, b"" if failed else this_host().key.encode())
+        os._exit(0)
+    os.close(theirs)
+    failed = os.read(ours, 1) == b"-"
+    if namespace and not failed:
+        Path(f"/proc/{child}/uid_map").write_text("0 100000 1000")
+    os.write(go, b"x")
+    key = os.read(ours, 100).decode()
+    os.waitpid(child, 0)
+    for fd in (ours, ready, go):
+        os.close(fd)
+    if failed:
+        pytest.skip("namespaces are not allowed here")
+    return key
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may map other users")
+def test_what_a_host_is() -> None:
+    """Catches processes that are taken for ranks of one host and cannot share memory: users of two containers that have the same number,
+    and copies of a virtual machine, whose kernels have the same boot id."""
+    own = this_host().key
+    assert host_key(namespace=False) == own
+    assert own not in (host_key(namespace=True), host_key(namespace=False, name="other"))
+
+
+def test_a_leader_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that tries again and again where the system refuses the connection for good."""
+
+    class Refused(socket.socket):
+        def connect(self, address: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+    assert connect(f"shardsave/nobody/{os.getpid()}") is None
+    monkeypatch.setattr(socket, "socket", Refused)
+    with pytest.raises(PermissionError):
+        connect("shardsave/somebody")
 
 
 def test_messages() -> None:

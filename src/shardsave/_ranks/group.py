@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
@@ -67,12 +68,28 @@ def job_store() -> Store:
 
 
 def this_host() -> Host:
-    """The machine, its running kernel, the network namespace and the user of this process."""
+    """The machine, its running kernel, the network namespace and the user of this process.
+
+    Copies of a virtual machine that were made while it ran have one boot id, so its name counts too. Users of two containers may have one
+    number and be different ones for the kernel, which then does not let them share memory.
+    """
+    machine = socket.gethostname()
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read()
         network = os.stat("/proc/self/ns/net").st_ino
     except OSError:  # no /proc: this process is taken for a host of its own
         boot, network = os.urandom(8).hex(), 0
-    name = "".join(c if c.isalnum() or c in "-._" else "?" for c in socket.gethostname())
-    return Host(hashlib.sha256(f"{boot} {network} {os.geteuid()}".encode()).hexdigest()[:16], name[:64] or "?")
+    name = "".join(c if c.isalnum() or c in "-._" else "?" for c in machine)
+    return Host(hashlib.sha256(f"{boot} {machine} {network} {_user_outside()}".encode()).hexdigest()[:16], name[:64] or "?")
+
+
+def _user_outside() -> int:
+    """The number that the user of this process has outside of its user namespace, by the map of user_namespaces(7)."""
+    user = os.geteuid()
+    with suppress(OSError):  # a kernel without user namespaces
+        with open("/proc/self/uid_map") as file:
+            for inside, outside, length in (map(int, line.split()) for line in file):
+                if inside <= user < inside + length:
+                    return outside + user - inside
+    return user

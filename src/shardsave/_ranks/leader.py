@@ -28,8 +28,8 @@ class Leader(Part):
     def __init__(self, line: Line, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox) -> None:
         super().__init__(line, met, names, rank, timeouts, mailbox)
         self._listener = Listener(self.address)
-        self._waiter = Waiter(mailbox.bell)
-        self._peers: list[Peer] = []
+        self._waiter = Waiter(mailbox.bell, self._listener)
+        self._peers = self._waiter.peers
         self._gone: set[int] = set()
         self._members = Pulse(timeouts.rank)
         self._hosts = Pulse(timeouts.rank, () if rank == 0 else (0,))
@@ -76,17 +76,13 @@ class Leader(Part):
             self._watch()
         if self._pauses.due():
             self._look()
-        self._waiter.wait(min(self._members.rest(), self._pauses.rest()), self._peers, self._listener)
-        self._peers += self._listener.accept()
-        for peer in list(self._peers):
-            peer.flush()
-            for message in peer.receive():
-                self._obey(peer, message)
-            if peer.ended:
-                self._peers.remove(peer)
-                peer.close()
-                if peer.rank >= 0 and peer.rank not in self._gone:
-                    self._miss(self.lost(peer.rank, "its process has ended"))
+        for ready in self._waiter.wait(min(self._members.rest(), self._pauses.rest())):
+            if isinstance(ready, Listener):
+                for peer in ready.accept():
+                    self._waiter.add(peer)
+                    self._hear(peer)
+            else:
+                self._hear(ready)
 
     def may_leave(self) -> bool:
         """Whether nobody needs this rank any more."""
@@ -121,8 +117,9 @@ class Leader(Part):
     def deliver(self, entry: Entry) -> None:
         super().deliver(entry)
         self._entries.append(entry)
+        message = _message(entry)
         for peer in self._peers:
-            peer.send(_message(entry))
+            peer.send(message)
         self._expect()
         if not entry.last:
             self._delete_set(entry.phase)
@@ -132,6 +129,16 @@ class Leader(Part):
                 self._pass_on(phase)
 
     # -- its members
+
+    def _hear(self, peer: Peer) -> None:
+        peer.flush()
+        for message in peer.receive():
+            self._obey(peer, message)
+        if peer.ended:
+            self._waiter.remove(peer)
+            peer.close()
+            if peer.rank >= 0 and peer.rank not in self._gone:
+                self._miss(self.lost(peer.rank, "its process has ended"))
 
     def _obey(self, peer: Peer, message: Message) -> None:
         if message.kind == HELLO:

@@ -52,7 +52,7 @@ class Member(Part):
                 self._leader.send(Message(BEAT, 0, b""))
             self._watch()
         rest = self._pulse.rest() if self._leader is not None or self.log.ended else _RETRY
-        self._waiter.wait(rest, [self._leader] if self._leader is not None else [])
+        self._waiter.wait(rest)
         if self._leader is not None and not self._leader.ended:
             self._hear(self._leader)
 
@@ -76,6 +76,7 @@ class Member(Part):
         if connection is None:
             return
         self._leader = Peer(connection, self.met.leader)
+        self._waiter.add(self._leader)
         for message in (Message(HELLO, self.rank, b""), *self._values):
             self._leader.send(message)
         self._values.clear()
@@ -92,6 +93,8 @@ class Member(Part):
                 raise StoreLost("as the leader of this host found")
             elif message.kind == LEFT:
                 self._pulse.forget(self.met.leader)
+        if leader.ended:
+            self._waiter.remove(leader)
         if leader.ended and not self.log.ended:
             super().fail(self.lost(self.met.leader, "its process has ended"))
 

@@ -139,39 +139,54 @@ class Listener:
 
 
 def connect(address: str) -> socket.socket | None:
-    """A connection to the leader at ``address``; None if it does not listen yet."""
+    """A connection to the leader at ``address``; None if it does not listen yet. Raises OSError: it is out of reach, for example."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
     try:
         connection.connect("\0" + address)
-    except OSError:
+    except (ConnectionRefusedError, BlockingIOError):
         connection.close()
         return None
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
 class Waiter:
-    """Waits for the bell, for messages, and for room to send."""
+    """Waits for the bell, for messages of `peers`, and for room to send. What is waited for stays registered: of 64 peers few are ready."""
 
-    def __init__(self, bell: Bell) -> None:
+    def __init__(self, bell: Bell, listener: Listener | None = None) -> None:
+        self.peers: dict[Peer, int] = {}  # and what each is registered for
         self._bell = bell
         self._selector = selectors.PollSelector()  # has no descriptor of its own
-        self._selector.register(bell.fd, selectors.EVENT_READ)
-
-    def wait(self, seconds: float, peers: list[Peer], listener: Listener | None = None) -> None:
-        """Until something can be done, for ``seconds`` at most."""
-        for peer in peers:
-            if not peer.ended:
-                self._selector.register(peer.connection, selectors.EVENT_READ | (0 if peer.flushed else selectors.EVENT_WRITE))
+        self._selector.register(bell.fd, selectors.EVENT_READ, bell)
         if listener is not None:
-            self._selector.register(listener.socket, selectors.EVENT_READ)
-        try:
-            ready = self._selector.select(seconds)
-        finally:
-            for key in [key for key in self._selector.get_map().values() if key.fd != self._bell.fd]:
-                self._selector.unregister(key.fileobj)
-        if any(key.fd == self._bell.fd for key, _ in ready):
+            self._selector.register(listener.socket, selectors.EVENT_READ, listener)
+
+    def add(self, peer: Peer) -> None:
+        self.peers[peer] = _events(peer)
+        self._selector.register(peer.connection, self.peers[peer], peer)
+
+    def remove(self, peer: Peer) -> None:
+        """Called before ``peer`` is closed."""
+        del self.peers[peer]
+        self._selector.unregister(peer.connection)
+
+    def wait(self, seconds: float) -> list[Peer | Listener]:
+        """What is ready, after ``seconds`` at most."""
+        for peer, events in self.peers.items():
+            if events != (wanted := _events(peer)):
+                self.peers[peer] = wanted
+                self._selector.modify(peer.connection, wanted, peer)
+        ready = [key.data for key, _ in self._selector.select(seconds)]
+        if self._bell in ready:
             self._bell.quiet()
+        return [one for one in ready if one is not self._bell]
+
+
+def _events(peer: Peer) -> int:
+    return selectors.EVENT_READ | (0 if peer.flushed else selectors.EVENT_WRITE)
 
 
 #: Everything of this process that may be open. A forked child closes its copies: else the death of its parent would go unnoticed.
