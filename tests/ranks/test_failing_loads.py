@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from contextlib import ExitStack, nullcontext
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial
 import shardsave
 from jobs import Job, run_ranks
 from shardsave._engine.transfer import TransferFault
+from shardsave._ranks import group as groups
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.open_checkpoint import open_checkpoint
 from support import raised
@@ -60,16 +62,39 @@ def damage(folder: Path, name: str, at: int) -> None:
 
 
 def test_damage(tmp_path: Path) -> None:
-    """Catches a flipped bit in what one rank reads that the others do not learn of, and a message that names another tensor."""
+    """Catches a flipped bit in what one rank reads that the others do not learn of, and a message that names another tensor, no file, or a
+    rank, as if it were at fault: all have found the damage, in files that all have read."""
     for number in (1, 2):
         shardsave.save(Net(), tmp_path / str(number), durable=False)
         damage(tmp_path / str(number), "down.weight", 600)
     damage(tmp_path / "2", "embed.weight", 3)
     for error, message in (errors := same_everywhere(load_damaged, str(tmp_path))):
         assert error == "CorruptCheckpointError" and " of 10 tensors" in message
+        assert re.match(r"corrupt shard model-0000.-of-00002\.safetensors: tensor '", message) and "rank" not in message
     one, two, again, _ = (message for _, message in errors)
     assert all("tensor 'down.weight' has checksum" in message and "9 of 10" in message for message in (one, again))
-    assert "; 1 more tensors are damaged" in two and "8 of 10" in two
+    assert "; 1 more tensor is damaged" in two and "8 of 10" in two
+
+
+def load_damaged_on_one_host(rank: int, folder: str) -> Raised:
+    """Ranks 2 and 3 are on another host, with files of its own under the same path."""
+    net, of_host = Net(seed=1), rank // 2
+    columns(net)
+    os.chdir(f"{folder}/{of_host}")
+    with mock.patch.object(groups, "this_host", lambda: groups.Host(f"host{of_host}", f"machine{of_host}")):
+        return raised(lambda: shardsave.load_model(net, "ckpt"))
+
+
+def test_damage_on_one_of_several_hosts(tmp_path: Path) -> None:
+    """Catches damage of a file that several machines have, each a copy, of which nobody can tell on which of them it is."""
+    for number in (0, 1):
+        shardsave.save(Net(), tmp_path / str(number) / "ckpt", durable=False)
+    damage(tmp_path / "0" / "ckpt", "down.weight", 600)
+    error, message = same_everywhere(load_damaged_on_one_host, str(tmp_path))
+    assert error == "CorruptCheckpointError" and re.match(
+        r"corrupt shard model-0000.-of-00002\.safetensors: tensor 'down.w", message
+    )
+    assert re.search(r"; read by .*rank [01] \(machine0\)", message), message
 
 
 def load_wrongly(rank: int, folder: str) -> list[Raised]:

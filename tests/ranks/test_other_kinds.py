@@ -188,3 +188,25 @@ def test_a_step_of_one_rank_alone(tmp_path: Path) -> None:
     _, (kind, message), _ = run_ranks(RANKS, alone_with_a_manager, tmp_path)
     assert kind == "SaveNotCommittedError" and message.startswith(f"cannot save to {tmp_path}: all 3 ranks"), (kind, message)
     assert "ranks 0, 2 did not" in message and message.endswith("; nothing was committed")
+
+
+def wait_on_threads(rank: int, folder: Path) -> str:
+    """What a thread of each rank is told in its call: on rank 1 another one than on the others, which its main thread might still make."""
+    call, seconds = ((save, 2.0), (save_async, 5.0), (save, 60.0))[rank]
+    ends: list[str] = []
+    thread = threading.Thread(target=lambda: ends.append(raised(lambda: call(folder, rank_timeout=seconds))[1]))
+    if rank == 0:  # the others are there
+        time.sleep(0.5)
+    thread.start()
+    thread.join()
+    return ends[0]
+
+
+def test_calls_on_threads(tmp_path: Path) -> None:
+    """Catches ranks that are told that a rank did not come, and not that it waits in another call, as far as rank 0 sees it."""
+    first, other, last = run_ranks(RANKS, wait_on_threads, tmp_path)
+    where = tmp_path / "ckpt"
+    assert (
+        first == last and f"rank 1 did not, or ended; meanwhile, rank 1 waited for all ranks to {ASYNC.format(where)};" in first
+    )
+    assert "ranks 0, 2 did not, or ended; the call is collective" in other

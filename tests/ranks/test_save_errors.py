@@ -67,6 +67,17 @@ def other_divergence(rank: int, path: Path) -> None:
     shardsave.save(state(), path, on_divergence="lowest_rank" if rank == 3 else "raise")
 
 
+def other_dtype(rank: int, path: Path) -> None:
+    shardsave.save(state(), path, dtype="bfloat16" if rank == 2 else None)
+
+
+def other_only(rank: int, path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    shardsave.save(
+        model, path, only="trainable" if rank == 0 else None, process_group=dist.group.WORLD, on_divergence="lowest_rank"
+    )
+
+
 def long_metadata(rank: int, path: Path) -> None:
     shardsave.save(state(), path, metadata={"same": [1, None], "text": "x" * (1000 + min(rank, 1))})
 
@@ -109,6 +120,16 @@ CASES: dict[str, tuple[Callable[[int, Path], object], str, str]] = {
         other_divergence,
         "ValueError",
         "the same on_divergence was expected on all ranks, it is 'raise' on rank 0, rank 1, rank 2, 'lowest_rank' on rank 3",
+    ),
+    "other dtype": (
+        other_dtype,
+        "ValueError",
+        "the same dtype was expected on all ranks, it is None on rank 0, rank 1, rank 3, 'torch.bfloat16' on rank 2; nothing",
+    ),
+    "other only": (
+        other_only,
+        "ValueError",
+        "the same only was expected .*, it is 'trainable' on rank 0, None on rank 1, rank 2",
     ),
     "long metadata": (
         long_metadata,

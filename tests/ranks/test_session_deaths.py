@@ -18,6 +18,7 @@ from test_session import leftovers, meet_all, open_session
 
 from jobs import Job, run_ranks
 from shardsave.errors import SaveNotCommittedError
+from warm_python import warm_python
 
 #: Seconds without a sign of life in these tests.
 SILENCE = 2.5
@@ -192,3 +193,37 @@ def test_strokes() -> None:
 def test_many_strokes(seed: int) -> None:
     """Catches what `test_strokes` catches, at more moments."""
     check_strokes(seed, 4)
+
+
+SERVER = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+
+FIRST_CALL = """
+import os, signal, sys
+import torch.distributed as dist
+from shardsave._ranks import group as groups
+from shardsave._ranks.arrivals import Call
+from shardsave._ranks.begin import begin_with
+from shardsave._ranks.part import Timeouts
+store = dist.PrefixStore("job", dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, wait_for_workers=False))
+os.kill(int(sys.argv[2]), signal.SIGKILL)
+begin_with(store, groups.Members(1, (0, 1), "key"), groups.Host("host", "machine"), Call("save to", "ckpt"), Timeouts(240.0, 600.0))
+"""
+
+
+def test_a_store_that_dies_before_the_first_call() -> None:
+    """Catches a rank that tries for as long as the timeout of torch's store to reach rank 0, which is dead, and a process whose end waits
+    for that."""
+    python = warm_python("torch.distributed", "shardsave._ranks.begin")
+    server = python.start(["-c", SERVER])
+    while not server.out.endswith("\n"):
+        time.sleep(0.01)
+    began = time.monotonic()
+    done = python.run(["-c", FIRST_CALL, server.out.strip(), server.pid])
+    assert done.returncode == 1 and done.stderr.strip().endswith(f"StoreLost: {STORE_LOST}"), done.stderr
+    assert time.monotonic() - began < 60.0 and server.wait() == -signal.SIGKILL

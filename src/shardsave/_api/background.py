@@ -125,7 +125,14 @@ def start(
             save = partial(
                 _save,
                 flight,
-                partial(Planned, needed=planned.needed, cast=planned.cast, left_out=planned.left_out, frozen=planned.frozen),
+                partial(
+                    Planned,
+                    needed=planned.needed,
+                    cast=planned.cast,
+                    left_out=planned.left_out,
+                    frozen=planned.frozen,
+                    options=planned.options,
+                ),
                 path,
                 how._replace(progress=how.progress or False),  # a bar that nobody asked for would disturb those of the training
                 Started(started, queue_seconds, plan_seconds, tuple(warned)),

@@ -43,9 +43,7 @@ class PendingSave:
         """Why the save failed. None if it did not, and also as long as it goes on: this does not wait."""
         if self._flight.is_foreign:
             return self._foreign()
-        if self._flight.error is not None:
-            self._flight.told = True
-        return self._flight.error
+        return self._flight.tell_error()
 
     def cancel(self) -> bool:
         """Ends the save, so that nothing is committed: `wait` then raises SaveCancelledError. Does not wait for the end.
@@ -75,6 +73,11 @@ class PendingSave:
             )
         if not self._flight.wait_ended(timeout):
             raise TimeoutError(f"the save of {self.path} was expected to end within {timeout:g} s; it goes on")
+        if (error := self._flight.tell_error()) is not None:
+            try:
+                raise error.with_traceback(None)
+            finally:
+                del self, error  # the traceback holds this frame
         return self._flight.result()
 
     def wait_ended(self, timeout: float) -> bool:

@@ -145,7 +145,7 @@ def plan_save(
     with job_of(source, directory, what, how, verb="plan to save to") as job:
         path, own = attempted(source, what, job, lambda: _checked_path(directory, how, keep_last))
         planned = plan(source, what, own, job)
-        check_digests(planned.contents, job, {"durable": durable})
+        check_digests(planned.contents, job, {**planned.options, "durable": durable})
         contents = job.complete(planned.contents)
     files = planned_files(contents, path, durable=durable)
     disk_bytes = sum(file.bytes for file in files)

@@ -40,8 +40,8 @@ class Turns:
         return () if self.preempted else tuple(number.name for number in self._requests.noted)
 
     def begin(self) -> None:
-        """The next call has begun. Raises SaveNotCommittedError if it cannot be known what rank 0 has decided or a rank does not come, and
-        ValueError in the first call if not all ranks are to decide in the same way."""
+        """The next call has begun. Raises SaveNotCommittedError if rank 0 or another rank does not come to it, ShardSaveError if the store
+        is lost, and ValueError in the first call if not all ranks are to decide in the same way."""
         self._compare()
         self._turn += 1
         decisions = self._open_decisions()

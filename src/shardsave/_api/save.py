@@ -179,7 +179,8 @@ def job_of(
 
 def settled(planned: Planned, how: How, job: Job) -> Planned:
     """``planned`` once it is known to be the same for all processes of ``job``, which then have what they have to write."""
-    check_digests(planned.contents, job, {"durable": how.durable, "on_divergence": how.on_divergence})
+    how_to_save = {"durable": how.durable, "on_divergence": how.on_divergence}
+    check_digests(planned.contents, job, {**planned.options, **how_to_save})
     return planned._replace(contents=job.check_replicas(job.complete(planned.contents)))
 
 

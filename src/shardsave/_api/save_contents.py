@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Planned(NamedTuple):
     """What a save will write, read from its source and checked. ``cast``, ``left_out``, ``needed``: for the report. ``warnings``: what the
     caller must be warned of once it is saved; the notes of the contents have it too. ``frozen``: name on disk → the memory of a frozen
-    parameter that may be assumed to be unchanged.
+    parameter that may be assumed to be unchanged. ``options``: the arguments that decide what of a state is stored.
     """
 
     contents: Contents
@@ -49,6 +49,7 @@ class Planned(NamedTuple):
     left_out: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     frozen: Mapping[str, FrozenMemory] = {}
+    options: Mapping[str, object] = {}
 
 
 class What(NamedTuple):
@@ -144,7 +145,9 @@ def plan(source: Source, what: What, own: OwnContents, job: Job = ALONE) -> Plan
             packings=job.packings,
         )
         frozen = frozen_memory(on_disk.state.entries, _unstepped(source, what.training)) if what.assume_frozen_unchanged else {}
-        return Planned(contents, needed, cast, left_out, warnings, frozen)
+        dtype = None if target is None else str(target)
+        options = {"dtype": dtype, "only": what.only, "adapter_only": what.adapter_only}
+        return Planned(contents, needed, cast, left_out, warnings, frozen, options)
 
 
 def _unstepped(source: Source, training: Any) -> Iterator[nn.Parameter]:

@@ -15,7 +15,7 @@ from shardsave._common.gc_pause import gc_paused
 from shardsave._common.imports import import_at_use
 from shardsave._common.processes import several_processes
 from shardsave._saving.contents import Contents
-from shardsave._saving.job import ALONE, Job
+from shardsave._saving.job import ALONE, LAYOUT, Job
 from shardsave.errors import SaveNotCommittedError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def check_digests(contents: Contents, job: Job, arguments: Mapping[str, object])
     """Raises ValueError if something of ``contents``, which each process of ``job`` has planned for itself, is not the same everywhere,
     or one of ``arguments``."""
     if job.parts is not None:  # for one process alone, digests of 100,000 names would be made in vain
-        job.check_equal({**arguments, **_facts(contents)})
+        job.check_equal({**arguments, **_facts(contents)}, lambda: _tensors(contents))
 
 
 @gc_paused()
@@ -138,9 +138,15 @@ def _facts(contents: Contents) -> dict[str, object]:
         **{f"metric {name!r}": value for name, value in contents.moment.metrics.items()},
         "max_shard_size": contents.max_shard_size,
         **{name: _digest(content) for name, content in {**files, **parts}.items()},
-        "layout on disk": _digest([stored, extra, contents.single_file]),
+        LAYOUT: _digest([stored, extra, contents.single_file]),
         "set of freeze flags and ties": _digest([contents.flags, contents.module_flags, contents.ties]),
     }
+
+
+def _tensors(contents: Contents) -> dict[str, str]:
+    """What each tensor is on disk, by name, for a message."""
+    shards = (*contents.shards, *contents.extra_shards)
+    return {tensor.name: f"{tensor.dtype} {list(tensor.shape)}" for shard in shards for tensor in shard.layout.tensors}
 
 
 def _by_key(metadata: Mapping[str, Any]) -> dict[str, object]:

@@ -17,6 +17,7 @@ from shardsave._api.load_jobs import job_of_load
 from shardsave._api.rank_timeouts import PHASE_TIMEOUT, RANK_TIMEOUT
 from shardsave._api.reports import Phases
 from shardsave._common.backend import engine_name
+from shardsave._common.job_errors import mark
 from shardsave._common.progress import Progress, ProgressArgument
 from shardsave._common.shutdown import verb
 from shardsave._common.uncompiled import uncompiled
@@ -68,6 +69,8 @@ def verify(
         job.check_equal({"keep_going": keep_going})
         report, error = _verified(os.fspath(path), job, keep_going=keep_going, progress=progress)
     if error is not None:  # raised here, where all ranks do so in the same words
+        if job.size > 1:
+            mark(error)
         raise error
     return report
 

@@ -21,7 +21,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from shardsave._background.failures import note_failure
 from shardsave._background.turns import leave_turn, process_ends
-from shardsave._common.job_errors import is_marked, shorten
+from shardsave._common.job_errors import is_marked, shorten, without_own_frames
 from shardsave._common.log_records import log_event
 from shardsave._common.shutdown import raise_if_ending, verb
 from shardsave._printable import printable
@@ -220,7 +220,7 @@ class Flight(Generic[Result]):
             if cause is not None and cause.__traceback__ is not None:
                 caught.__cause__ = _TracebackText(cause)
         elif not isinstance(caught, ShardSaveError):
-            error.__cause__ = _TracebackText(caught)
+            error.__cause__ = _TracebackText(without_own_frames(caught))
         _drop_tracebacks(error)
         return error
 
@@ -270,15 +270,15 @@ class Flight(Generic[Result]):
         return self.ended
 
     def result(self) -> Result:
-        """The result of a flight that is over. Raises its error."""
-        if self.error is not None:
-            self.told = True
-            try:
-                raise self.error.with_traceback(None)
-            finally:
-                del self  # the traceback holds this frame
+        """The result of a flight that is over without an error."""
         assert self._result is not None
         return self._result
+
+    def tell_error(self) -> BaseException | None:
+        """The error of the flight, for somebody who learns of it now."""
+        if self.error is not None:
+            self.told = True
+        return self.error
 
 
 class _TracebackText(Exception):
@@ -289,6 +289,10 @@ class _TracebackText(Exception):
 
     def __str__(self) -> str:
         return "\n" + "\n".join(map(printable, str(self.args[0]).splitlines()))
+
+
+# what a traceback calls it
+_TracebackText.__module__, _TracebackText.__qualname__ = "builtins", "On the thread that saves"
 
 
 def _drop_tracebacks(error: BaseException) -> None:

@@ -19,6 +19,8 @@ _T = TypeVar("_T")
 
 #: The attribute of an error of a job, and of one of the user's code that ended a job.
 _OF_JOB, _OF_USER = "_shardsave_of_job", "_shardsave_of_user"
+#: That of an error that one rank raises of what all have found.
+_OF_ALL = "_shardsave_of_all"
 
 
 def mark(error: Exception) -> None:
@@ -30,6 +32,19 @@ def mark(error: Exception) -> None:
 def mark_own(error: Exception) -> None:
     """Marks an error that code of the user or a library has raised in a job: it stays what it is on this rank."""
     setattr(error, _OF_USER, True)
+
+
+def mark_common(error: Exception) -> Exception:
+    """Marks an error that this rank raises for all of them: what it says is not about this rank."""
+    setattr(error, _OF_ALL, True)
+    return error
+
+
+def is_common(error: BaseException | None) -> bool:
+    """Whether `mark_common` was called with ``error``, or with one of its causes."""
+    while error is not None and not getattr(error, _OF_ALL, False):
+        error = error.__cause__
+    return error is not None
 
 
 def is_marked(error: BaseException) -> bool:
@@ -54,10 +69,15 @@ def shorten(error: Exception, outer: BaseException | None) -> bool:
         error.__traceback__ = None
         error.__context__, error.__suppress_context__ = outer, error.__cause__ is not None
         return True
-    if getattr(error, _OF_USER, False) and (trace := _outside(error.__traceback__)) is not None:
-        error.__traceback__ = trace
+    if getattr(error, _OF_USER, False) and _outside(error.__traceback__) is not None:
+        without_own_frames(error)
         return True
     return False
+
+
+def without_own_frames(error: BaseException) -> BaseException:
+    """``error`` as it was raised in code of the user or a library, without the frames of this package that led there."""
+    return error.with_traceback(_outside(error.__traceback__) or error.__traceback__)
 
 
 def short_traceback(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -82,12 +102,17 @@ def _first_foreign(cause: BaseException | None) -> BaseException | None:
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         inner = cause.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, ShardSaveError) and not isinstance(inner, OSError):
+        if isinstance(cause, OSError) and not _is_of_package(cause) and not isinstance(inner, OSError):
             return cause.with_traceback(_outside(cause.__traceback__))
         if not isinstance(cause, (OSError, ShardSaveError)) and not _is_raised_here(cause):
             return cause.with_traceback(_outside(cause.__traceback__))
         cause = inner
     return None
+
+
+def _is_of_package(error: BaseException) -> bool:
+    """Whether its class is of this package: the message of what it became says the same."""
+    return type(error).__module__.startswith("shardsave.")
 
 
 def _is_raised_here(error: BaseException) -> bool:

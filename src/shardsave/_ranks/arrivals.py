@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from shardsave._ranks.group import Members
@@ -86,13 +87,19 @@ class Answered:
         return None if arrival is None or self._tokens.get((kind, rank)) == arrival.token else arrival
 
 
+def waiting_elsewhere(line: Line, call: Call, rank: int, answered: Answered) -> Iterator[Arrival]:
+    """``rank`` in each call of another kind than that of ``call`` in which it waits."""
+    arrivals = (answered.waiting(line, kind, rank) for kind in _KINDS if kind != call.kind)
+    return (arrival for arrival in arrivals if arrival is not None)
+
+
 class Elsewhere:
     """The ranks that wait in calls of other kinds and cannot come to this one, as rank 0 sees them."""
 
     def __init__(self, line: Line, call: Call, number: int, answered: Answered) -> None:
         """``number``: of this call, see `number_of_call`."""
         self._line = line
-        self._kinds = [kind for kind in _KINDS if kind != call.kind]
+        self._call = call
         self._number = str(number)
         self._answered = answered
         self._seen: dict[int, str] = {}
@@ -104,9 +111,8 @@ class Elsewhere:
         if self._number == "0" or (time.monotonic() < self._next and not self._found):
             return None
         self._next = time.monotonic() + _PAUSE
-        for kind in self._kinds:
-            arrival = self._answered.waiting(self._line, kind, rank)
-            if arrival is not None and arrival.number == self._number:
+        for arrival in waiting_elsewhere(self._line, self._call, rank, self._answered):
+            if arrival.number == self._number:
                 self._found = self._found or self._seen.get(rank) == arrival.token
                 self._seen[rank] = arrival.token
                 return arrival if self._found else None

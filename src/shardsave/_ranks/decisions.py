@@ -47,8 +47,8 @@ class Decision(NamedTuple):
 
 
 class Decisions:
-    """The decisions for the run ``shown``, as one of its ranks sees them. For one thread. If the store is lost, `announce` and
-    `told` raise ShardSaveError, since the call may have saved; `leave` raises nothing; the others raise SaveNotCommittedError.
+    """The decisions for the run ``shown``, as one of its ranks sees them. For one thread. If the store is lost, all but `leave` raise
+    ShardSaveError, since the call may have saved already.
 
     ``number``: of the objects for this run that all ranks have made. ``patience``: how many seconds the others wait until rank 0 has
     passed a turn: nothing says meanwhile whether it is alive.
@@ -89,7 +89,7 @@ class Decisions:
     def announce(self, decision: Decision) -> None:
         """Tells the other ranks. Called on rank 0 alone."""
         self._last = decision
-        with self._telling():
+        with self._reaching():
             self._line.set(_DECIDED, decision.encode())
 
     def tell(self, names: Iterable[str]) -> None:
@@ -101,7 +101,7 @@ class Decisions:
 
     def told(self) -> list[str]:
         """The signals that another rank has told of."""
-        with self._telling():
+        with self._reaching():
             data = self._line.peek(_ASKED)
         return json.loads(data) if data is not None else []
 
@@ -113,23 +113,13 @@ class Decisions:
         self._line.close()
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except StoreLost as error:
-            raise ShardSaveError(
-                f"cannot tell the other ranks whether to save to {self._shown}: the store of torch.distributed was expected to answer: "
-                f"{error}; steps that were committed stay"
-            ) from error
-
-    @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
         except StoreLost as error:
-            raise SaveNotCommittedError(
-                f"cannot tell whether to save to {self._shown}: the store of torch.distributed was expected to answer: {error}; nothing "
-                f"was written"
+            raise ShardSaveError(
+                f"cannot tell which steps all ranks save to {self._shown}: the store of torch.distributed was expected to answer: {error}; "
+                f"steps that were committed stay"
             ) from error
 
 

@@ -67,6 +67,22 @@ def job_store() -> Store:
     return cast(Store, _get_default_store())
 
 
+def is_refused(store: Store) -> bool:
+    """Whether nobody serves ``store`` any more: its port refuses connections. False if that cannot be known."""
+    while (inner := getattr(store, "underlying_store", None)) is not None:
+        store = inner
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    if host is None or port is None:
+        return False
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def this_host() -> Host:
     """The machine, its running kernel, the network namespace and the user of this process.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from shardsave._common.assembled import Chunk
 from shardsave._common.boxes import copy_in
 from shardsave._common.derived_layouts import Region
 from shardsave._common.gc_pause import gc_paused
+from shardsave._common.job_errors import mark_common
 from shardsave._common.layouts import Layout, Whole
 from shardsave._common.progress import Progress
 from shardsave._common.spread import Spread
 from shardsave._common.spread_views import viewed
+from shardsave._common.words import count, some
 from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import BLOCK_BYTES, Piece, Transfer
 from shardsave._format.dtypes import BY_NAME, torch_shape
@@ -87,7 +89,7 @@ class JobReader(TensorReader):
             self._read_own(stored, own, sums)
         self.tensors += len(mine)
         if self._verify:
-            self._compare(stored, sums)
+            self._compare(stored, sums, (one.number for one in chain(plan.common[rank], map(attrgetter("range"), own))))
         for target in again:
             if _copied(mine, *target):
                 self.tensors += 1
@@ -162,8 +164,9 @@ class JobReader(TensorReader):
             transfer = self._transfer(group, blocks(extents[begin:end], BLOCK_BYTES), pieces[begin:end], checksum=self._verify)
             self._ended(stored, group, ranges[begin:end], transfer, sums)
 
-    def _compare(self, stored: Sequence[_Stored], sums: JoinedSums) -> None:
-        """Compares the checksums with those that are stored. One rank reports those that differ, and all raise the same error."""
+    def _compare(self, stored: Sequence[_Stored], sums: JoinedSums, read: Iterable[int]) -> None:
+        """Compares the checksums with those that are stored. If some differ, all ranks raise the same error. ``read``: the tensors of which
+        this rank has read bytes."""
         for number, one in enumerate(stored):
             if one.located is None:
                 continue
@@ -179,10 +182,18 @@ class JobReader(TensorReader):
                 self.damaged.append((located, damage_message(located, located.checksum ^ difference)))
         self.tensors -= len(self.damaged)
         if damaged:
-            if stored[min(differences)].layout.ranks[0] == self._session.rank:
-                more = f"; {len(damaged) - 1} more tensors are damaged" if len(damaged) > 1 else ""
-                raise CorruptCheckpointError(self.damaged[0][1] + more)
-            self._session.exchange("damaged tensors", b"")  # raises the error of that rank
+            self._raise_damage(stored[min(differences)], len(damaged) - 1, min(differences) in read)
+
+    def _raise_damage(self, first: _Stored, others: int, is_reader: bool) -> NoReturn:
+        """One rank raises the error that all ranks have found. Of several machines, it names those that have read the ``first`` tensor."""
+        session = self._session
+        readers = [rank for rank, one in enumerate(session.exchange("readers of damage", b"1" if is_reader else b"")) if one]
+        if first.layout.ranks[0] == session.rank:
+            more = f"; {count(others, 'more tensor')} {'is' if others == 1 else 'are'} damaged" if others else ""
+            on = f"; read by {some(map(session.name, readers))}" if len({*session.hosts}) > 1 else ""
+            raise mark_common(CorruptCheckpointError(f"{self.damaged[0][1]}{on}{more}"))
+        session.exchange("damaged tensors", b"")  # raises the error of that rank
+        raise AssertionError("no rank has raised it")
 
 
 def _by_key(targets: Sequence[Target]) -> tuple[dict[Key, tuple[Located, Spread]], list[Target]]:

@@ -88,20 +88,34 @@ class Leader(Part):
         """Whether nobody needs this rank any more."""
         if not self.closing:
             return False
-        reached = {peer.rank for peer in self._peers if peer.flushed} if self.log.ended else set()
+        reached = self._reached() if self.log.ended else set()
         if self.roll is not None and set(self._own()) <= self._gone | reached | {self.rank}:
             return True
         return self.log.ended and time.monotonic() > self._leave_by
 
+    @property
+    def buries(self) -> bool:
+        return super().buries or bool(self._unreached())
+
     def leave(self) -> None:
-        """The last leader that leaves deletes all keys, if none is lost."""
+        """The last leader that leaves deletes all keys, if nobody may want to read them any more."""
+        keeps = bool(self.lost_leaders() or self._unreached())
         for peer in self._peers:
             peer.send(Message(LEFT, 0, b""))
         self._delete_set()
         if self.rank:
             self.line.set(self.key(f"beat/{self.met.host}"), _LEFT)
-        if not self.lost_leaders() and self.line.add(self.key("left"), 1) == self.met.hosts:
+        if not keeps and self.line.add(self.key("left"), 1) == self.met.hosts:
             self.line.delete(self.keys())
+
+    def _reached(self) -> set[int]:
+        """To whom all was sent."""
+        return {peer.rank for peer in self._peers if peer.flushed}
+
+    def _unreached(self) -> set[int]:
+        """The ranks of this host that live, and to which the end of the log could not be sent: they were stopped for long."""
+        living = set(self._own()) - self._gone | {peer.rank for peer in self._peers}
+        return living - self._reached() - {self.rank, -1}
 
     def lose_store(self) -> None:
         """Tells the members that the store is lost."""

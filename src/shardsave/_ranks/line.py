@@ -6,18 +6,22 @@ One thread uses it. A call blocks as long as the process that serves the store i
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
 
 from shardsave._ranks.failures import StoreLost
-from shardsave._ranks.group import Store
+from shardsave._ranks.group import Store, is_refused
 
 #: A TCPStore refuses messages of more than 8 MiB, and breaks the connection.
 _PART = 1 << 20
 _INLINE = 1 << 14
 _BATCH = 64
+#: So many seconds a connection may take until somebody looks whether the store is served at all; each further look comes later.
+_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 #: What `compare_set` returns for a key that is not there: values never begin with it.
 _NOTHING = b"-"
 
@@ -26,6 +30,33 @@ _NOTHING = b"-"
 #: names of both ends, in the only thread of the store's server too, and all ranks wait for as long as no answer comes.
 _connections: weakref.WeakKeyDictionary[Store, Store] = weakref.WeakKeyDictionary()
 os.register_at_fork(after_in_child=_connections.clear)
+
+
+def _connected(store: Store) -> Store:
+    """A new connection to ``store``. Raises StoreLost as soon as nobody serves it any more: torch would try again and again, for as long as
+    the store's own timeout, which may be half an hour. The thread that does so ends then; no end of the process waits for it.
+    """
+    made: SimpleQueue[Store | RuntimeError] = SimpleQueue()
+
+    def connect() -> None:
+        try:
+            made.put(store.clone())
+        except RuntimeError as error:
+            made.put(error)
+
+    threading.Thread(target=connect, name="shardsave-connect", daemon=True).start()
+    pause = _PAUSE
+    while True:
+        try:
+            connection = made.get(timeout=pause)
+        except Empty:
+            if is_refused(store):
+                raise StoreLost("nobody serves it any more") from None
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        else:
+            if isinstance(connection, RuntimeError):
+                raise connection
+            return connection
 
 
 class Line:
@@ -45,7 +76,7 @@ class Line:
         """Makes the connection, or takes that of an earlier session."""
         self._store = self._original
         with self._called() as store:
-            self._store = _connections.get(store) or store.clone()
+            self._store = _connections.get(store) or _connected(store)
         _connections[store] = self._store
 
     def beside(self, prefix: str) -> Line:

@@ -6,6 +6,7 @@ failure (of any rank), or the end that rank 0 sets when it has left. Nothing com
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shardsave._ranks.failures import Failure
@@ -44,6 +45,7 @@ class Log:
         self.length = 0
         self.ended = False
         self.ended_here = False
+        self._last: Entry | None = None
         self._keys: list[str] = []
 
     def read(self) -> Entry | None:
@@ -60,6 +62,7 @@ class Log:
         self._keys.append(self._key(self.length))
         self.length += 1
         self.ended = entry.last
+        self._last = entry
         return True
 
     def append(self, kind: bytes, phase: int, value: bytes) -> tuple[Entry, bool]:
@@ -76,13 +79,25 @@ class Log:
         self._line.delete(Line.parts(key, stowed))
         return self._fetched(found or b""), False
 
-    def fail(self, failure: Failure) -> list[Entry]:
-        """Ends the log with ``failure``, unless it has ended. Returns the entries that were not yet read, and the last one."""
-        entries: list[Entry] = []
+    def fail(self, failure: Failure, hear: Callable[[], None] = lambda: None) -> Iterator[Entry]:
+        """Ends the log with ``failure``, unless it has ended. Yields the entries that were not yet read, and the last one.
+
+        ``hear``: takes what was sent to this rank, for one without which the log may be deleted. Whoever deletes it has sent all of it to
+        everybody before. So if this rank can set an entry, and then hears that there is one at its place, it has set it where the log was.
+        """
         while not self.ended:
-            entry, self.ended_here = self.append(FAILURE, 0, failure.packed())
-            entries.append(entry)
-        return entries
+            mine, key = Entry(self.length, FAILURE, 0, failure.packed()), self._key(self.length)
+            packed = FAILURE + b"0 =" + mine.value
+            found = self._line.claim(key, packed)
+            if found != packed:
+                yield self._fetched(found or b"")
+                continue
+            hear()
+            if self.length == mine.position:
+                self.ended_here = self.take(mine)
+                yield mine
+            elif self._last != mine:
+                self._line.delete([key])
 
     def keys(self) -> list[str]:
         """The keys of all entries."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from shardsave._ranks.arrivals import SAVE, Answered, Arrival, Call, Elsewhere, all_met, key_of
+from shardsave._ranks.arrivals import SAVE, Answered, Arrival, Call, Elsewhere, all_met, key_of, waiting_elsewhere
 from shardsave._ranks.claims import saved_apart
 from shardsave._ranks.failures import Failure, unpacked
 from shardsave._ranks.group import Host, Members
@@ -133,7 +133,7 @@ class Meeting:
     def _interrupt_of(self, rank: int) -> bytes | None:
         return self._line.peek(self._key("interrupted", rank))
 
-    def _did_not_come(self, missing: list[int]) -> Failure:
+    def _did_not_come(self, missing: list[int], meanwhile: str = "") -> Failure:
         interrupted = [rank for rank in missing[:_BATCH] if self._interrupt_of(rank) is not None]
         names = listed([self._members.names[rank] for rank in interrupted or missing])
         if interrupted:
@@ -143,9 +143,22 @@ class Meeting:
         return Failure(
             "",
             f"cannot {self._call}: all {len(self._members.names)} ranks of the group were expected to call it within "
-            f"rank_timeout={self._seconds:g} s, {names} did not, or ended; the call is collective: either all ranks make it or "
-            f"none{apart}",
+            f"rank_timeout={self._seconds:g} s, {names} did not, or ended{meanwhile}; the call is collective: either all ranks make it "
+            f"or none{apart}",
         )
+
+    def _waiting_elsewhere(self, missing: list[int], answered: Answered) -> str:
+        """Which of the ``missing`` ranks wait in calls of other kinds, in words: on rank 0, which alone knows whom it has answered."""
+        calls: dict[str, list[int]] = {}
+        for rank in missing[:_BATCH]:
+            for arrival in waiting_elsewhere(self._line, self._call, rank, answered):
+                calls.setdefault(self._called(rank, arrival), []).append(self._members.names[rank])
+        return "".join(f"; meanwhile, {listed(ranks)} waited for all ranks to {call}" for call, ranks in calls.items())
+
+    def _called(self, rank: int, arrival: Arrival) -> str:
+        """What ``rank`` called when it arrived."""
+        text = self._line.peek(key_of("called", arrival.kind, rank))
+        return Call(*json.loads(text)).words if text else "?"
 
     def _lead(self) -> Met:
         answered = _answered.setdefault(self._members.key, Answered())
@@ -155,7 +168,7 @@ class Meeting:
             self._tell_of_interrupt()
             failure = Failure("", f"rank {self._members.names[0]} was interrupted")
         elif failure is None and (missing := [rank for rank in range(len(self._members.names)) if rank not in arrivals]):
-            failure = self._did_not_come(missing)
+            failure = self._did_not_come(missing, self._waiting_elsewhere(missing, answered))
         for rank, arrival in arrivals.items():
             answered.note(rank, arrival)
         if failure is not None:
@@ -190,10 +203,9 @@ class Meeting:
         others = [rank for rank, arrival in arrivals.items() if arrival.call != self._call.digest]
         if not others:
             return None
-        texts = self._line.get_all([key_of("called", arrivals[rank].kind, rank) for rank in others])
         calls: dict[str, list[int]] = {}
-        for rank, text in zip(others, texts, strict=True):
-            calls.setdefault(Call(*json.loads(text)).words if text else "?", []).append(self._members.names[rank])
+        for rank in others:
+            calls.setdefault(self._called(rank, arrivals[rank]), []).append(self._members.names[rank])
         same = [self._members.names[rank] for rank in arrivals if rank not in others]
         told = "; ".join(f"{listed(ranks)}: {call}" for call, ranks in [(self._call.words, same), *calls.items()])
         return Failure(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from shardsave._ranks.failures import Failure, StoreLost
 from shardsave._ranks.heartbeat import Pulse
 from shardsave._ranks.line import Line
@@ -34,9 +37,10 @@ class Member(Part):
         raise AssertionError("rank 0 leads its host")
 
     def fail(self, failure: Failure) -> None:
-        if self._leader is not None and not self._leader.ended:
-            self._hear(self._leader)  # once it has told everybody the end of the log, it may leave, and the log is deleted
-        super().fail(failure)
+        self._receive()  # the call may have ended, and the store with it
+        with self._unless_ended():
+            for entry in self.log.fail(failure, hear=self._receive):
+                self.deliver(entry)
         if self._leader is not None:
             self._leader.send(Message(READ, 0, b""))
 
@@ -54,7 +58,9 @@ class Member(Part):
         rest = self._pulse.rest() if self._leader is not None or self.log.ended else _RETRY
         self._waiter.wait(rest)
         if self._leader is not None and not self._leader.ended:
-            self._hear(self._leader)
+            self._receive()
+            if self._leader.ended and not self.log.ended:
+                self.fail(self.lost(self.met.leader, "its process has ended"))
 
     def may_leave(self) -> bool:
         return self.closing and (self._leader is None or self._leader.flushed)
@@ -81,7 +87,11 @@ class Member(Part):
             self._leader.send(message)
         self._values.clear()
 
-    def _hear(self, leader: Peer) -> None:
+    def _receive(self) -> None:
+        """Takes what the leader has sent."""
+        leader = self._leader
+        if leader is None or leader.ended:
+            return
         leader.flush()
         for message in leader.receive():
             self._pulse.hear(self.met.leader)
@@ -95,15 +105,24 @@ class Member(Part):
                 self._pulse.forget(self.met.leader)
         if leader.ended:
             self._waiter.remove(leader)
-        if leader.ended and not self.log.ended:
-            super().fail(self.lost(self.met.leader, "its process has ended"))
 
     def _watch(self) -> None:
         """A leader that is silent for long: somebody may have noticed it already."""
         if self.log.ended:
             return
         if self._pulse.silent(0.5):
-            while (entry := self.log.read()) is not None:
-                self.deliver(entry)
+            with self._unless_ended():
+                while (entry := self.log.read()) is not None:
+                    self.deliver(entry)
         if self._pulse.silent():
             self.fail(self.silent(self.met.leader))
+
+    @contextmanager
+    def _unless_ended(self) -> Iterator[None]:
+        """The store, or an entry in it, may be gone because the call has ended: then the leader has told it before."""
+        try:
+            yield
+        except StoreLost:
+            self._receive()
+            if not self.log.ended:
+                raise

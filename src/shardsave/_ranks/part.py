@@ -59,6 +59,11 @@ class Part:
         for entry in self.log.fail(failure):
             self.deliver(entry)
 
+    @property
+    def buries(self) -> bool:
+        """Whether a rank may wake up and read the log, so that its keys must stay until all have met again. One leader says so."""
+        return self.log.ended_here and bool(self.lost_leaders())
+
     def lost_leaders(self) -> set[int]:
         """The leaders that are lost: they may wake up, and read the log."""
         failure = self.mailbox.failure

@@ -74,7 +74,8 @@ class Post:
         try:
             part = kind(line, met, self._members.names, self._members.rank, self._timeouts, self.mailbox)
         except OSError as error:  # no descriptor is free, for example
-            Log(line, met.session).fail(failure_of(error, f"rank {self._members.names[self._members.rank]}"))
+            for _ in Log(line, met.session).fail(failure_of(error, f"rank {self._members.names[self._members.rank]}")):
+                pass
             raise
         try:
             while True:
@@ -83,7 +84,7 @@ class Post:
                 if part.may_leave():
                     break
                 part.step()
-            if part.log.ended_here and part.lost_leaders():
+            if part.buries:
                 meeting.bury(part.keys())
             part.leave()
             meeting.leave()

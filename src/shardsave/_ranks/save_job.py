@@ -17,6 +17,7 @@ from shardsave._ranks.attempt import attempt
 from shardsave._ranks.claims import Claims, claims_of
 from shardsave._ranks.commit import JobCommit
 from shardsave._ranks.comparison import AmongRanks
+from shardsave._ranks.equality import Unequal, check_equal
 from shardsave._ranks.file_owners import file_owners
 from shardsave._ranks.job_watch import JobWatch
 from shardsave._ranks.replicas import check_replicas, compare_replicas
@@ -30,13 +31,12 @@ from shardsave._ranks.save_messages import (
 from shardsave._ranks.session import Session
 from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import TRAINING, OwnTraining, plan_training, state_of, with_other_files
-from shardsave._ranks.unequal import difference, told
 from shardsave._ranks.values import pack
 from shardsave._saving.comparison import Comparison
 from shardsave._saving.contents import Contents, PlannedDirectory
 from shardsave._saving.disk_layout import DiskLayout, IdentityLayout, OnDisk
 from shardsave._saving.frozen import FrozenMemory
-from shardsave._saving.job import Committed, Prepared, Result, Said, Share, Written
+from shardsave._saving.job import LAYOUT, Committed, Prepared, Result, Said, Share, Written
 from shardsave._saving.packings import Packings
 from shardsave._saving.shards import PlannedShard, ShardFiles, fault_before_writing
 from shardsave._saving.training_directory import DescribedTraining
@@ -50,7 +50,7 @@ from shardsave._storage.transaction import Transaction
 _PLAN, _ASKED = "plan of the files", b"?"
 
 #: What rank 0 publishes of the layout on disk, where names and tensors stay as they are; its fingerprint follows.
-_LAYOUT, _KEPT = "layout on disk", b"kept"
+_KEPT = b"kept"
 
 
 #: How this process has packed the tensors of its last collective save.
@@ -89,6 +89,7 @@ class SaveJob:
         self._to_write: list[str] = []
         self._said: tuple[SaidOfState | None, SaidOfState | None] = None, None  # of the state and the training state
         self._is_alike = False  # whether all ranks say the same
+        self._is_plain = False  # whether all store the same under the same names
         self._training: OwnTraining | None = None
         self._known: Callable[[], Mapping[tuple[int, Extent], int]] = dict  # as in `Checked`
         self._claims: Claims | None = None  # where this rank leads
@@ -127,14 +128,15 @@ class SaveJob:
             return agree(self._session, state, said=said, all_say_the_same=self._is_alike)
 
     def lay_out(self, layout: DiskLayout, state: State) -> OnDisk:
-        if self._is_alike and type(layout) is IdentityLayout:  # on all ranks
+        self._is_plain = self._is_alike and type(layout) is IdentityLayout
+        if self._is_plain:
             return layout.apply(state)
         with self._session.for_all():
             if self.leads:
                 on_disk = layout.apply(state)
-                self._session.publish(_LAYOUT, _KEPT + layout.fingerprint() if on_disk.keeps(state) else b"")
+                self._session.publish(LAYOUT, _KEPT + layout.fingerprint() if on_disk.keeps(state) else b"")
                 return on_disk
-            return layout.apply(state, is_kept=self._session.publish(_LAYOUT) == _KEPT + layout.fingerprint())
+            return layout.apply(state, is_kept=self._session.publish(LAYOUT) == _KEPT + layout.fingerprint())
 
     def plan_training(self, training: DescribedTraining | None, max_shard_size: int) -> Sequence[PlannedDirectory]:
         said, self._said = self._said[1], (self._said[0], None)
@@ -169,11 +171,12 @@ class SaveJob:
     def for_all(self) -> AbstractContextManager[None]:
         return self._session.for_all()
 
-    def check_equal(self, arguments: Mapping[str, object]) -> None:
-        everywhere = self._session.gather("arguments", told(arguments))
-        with self._session.for_all():
-            if (words := difference(everywhere or (), self._session.name)) is not None:
-                raise ValueError(f"cannot save to {self._where}: {words}; nothing was written")
+    def check_equal(self, arguments: Mapping[str, object], tensors: Callable[[], Mapping[str, str]]) -> None:
+        try:
+            check_equal(self._session, arguments, None if self._is_plain else tensors)
+        except Unequal as error:
+            with self._session.for_all():
+                raise ValueError(f"cannot save to {self._where}: {error}; nothing was written") from None
 
     def watch(self, watch: Watch) -> Watch:
         self._watch, self._session.watch = watch, watch.check

@@ -16,6 +16,7 @@ from queue import Empty
 from types import TracebackType
 from typing import TypeVar
 
+from shardsave._common.job_errors import is_common
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._common.words import some
 from shardsave._ranks.arrivals import Call
@@ -158,14 +159,16 @@ class Session:
         """Ends the call with ``error`` on all ranks, unless it has ended with another one. Returns what is to be raised here: the error
         of the job, or ``error`` itself if it is none of this package's and no rank is lost.
 
-        ``who``: the rank that others are told of, by default this one; empty if the error concerns all ranks alike.
+        ``who``: the rank that others are told of, by default this one; empty if the error concerns all ranks alike (`mark_common`).
         """
         if self._post is None or error is self._error or self._process != os.getpid():
             return error
         if self._error is not None and error.__cause__ is self._error:
             return error  # the job's error, in the words of the call
         self.watch = None
-        failure = failure_of(error, self.name(self.rank) if who is None else who)
+        if who is None:
+            who = "" if is_common(error) else self.name(self.rank)
+        failure = failure_of(error, who)
         self._post.mailbox.command(Command("fail", failure=failure))
         first = self._told(TELLING if not isinstance(error, Exception) else self.timeouts.rank)
         if not isinstance(error, Exception):

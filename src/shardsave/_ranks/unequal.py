@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import Repr
+from typing import NamedTuple
 
 from shardsave._common.words import count, some
 from shardsave._printable import printable
@@ -28,8 +29,19 @@ def told(values: Mapping[str, object]) -> bytes:
     return json.dumps({name: _token(value) for name, value in values.items()}).encode()
 
 
-def difference(everywhere: Sequence[bytes], rank_name: Callable[[int], str]) -> str | None:
-    """The first difference between what ranks have `told`, in words; None if there is none."""
+class Difference(NamedTuple):
+    """``ranks``: what was told of ``name``, None for nothing → the ranks that have told it."""
+
+    name: str
+    ranks: Mapping[str | None, Sequence[int]]
+
+    def words(self, rank_name: Callable[[int], str]) -> str:
+        found = _found({token: some(map(rank_name, ranks)) for token, ranks in self.ranks.items()})
+        return printable(f"the same {self.name} was expected on all ranks, {found}")
+
+
+def first_difference(everywhere: Sequence[bytes]) -> Difference | None:
+    """The first difference between what ranks have `told`; None if there is none."""
     if len({*everywhere}) < 2:
         return None
     tokens: list[dict[str, str]] = [json.loads(one) for one in everywhere]
@@ -38,9 +50,32 @@ def difference(everywhere: Sequence[bytes], rank_name: Callable[[int], str]) -> 
         for rank, of_rank in enumerate(tokens):
             ranks.setdefault(of_rank.get(name), []).append(rank)
         if len(ranks) > 1:
-            found = _found({token: some(map(rank_name, on)) for token, on in ranks.items()})
-            return printable(f"the same {name} was expected on all ranks, {found}")
+            return Difference(name, ranks)
     return None
+
+
+def difference(everywhere: Sequence[bytes], rank_name: Callable[[int], str]) -> str | None:
+    """`first_difference` in words."""
+    found = first_difference(everywhere)
+    return None if found is None else found.words(rank_name)
+
+
+def different_tensors(kinds: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
+    """Which tensors differ, and how, in words; None if they are the same. ``kinds``: the names of ranks, and what they have, by name."""
+    names = dict.fromkeys(name for _, tensors in kinds for name in tensors)
+    different = [name for name in names if len({tensors.get(name) for _, tensors in kinds}) > 1]
+    if not different:
+        return None
+
+    def words(name: str) -> str:
+        ranks: dict[str, list[str]] = {}
+        for of_ranks, tensors in kinds:
+            ranks.setdefault(tensors.get(name, "missing"), []).append(of_ranks)
+        return f"{shown(name)} is {', '.join(f'{what} on {some(on)}' for what, on in ranks.items())}"
+
+    more = len(different) - _MOST
+    rest = f"; {count(more, 'more tensor')} {'differs' if more == 1 else 'differ'}" if more > 0 else ""
+    return printable("; ".join(map(words, different[:_MOST])) + rest)
 
 
 def shown(value: object) -> str:

@@ -22,6 +22,9 @@ from shardsave._storage.transaction import CommitOutcome, Transaction
 
 Result = TypeVar("Result")
 
+#: What messages call the names, dtypes, shapes and order of all tensors on disk.
+LAYOUT = "layout on disk"
+
 
 class Names(NamedTuple):
     """The names of the files of a save. ``shards``: of the weights. ``all``: of all files but documents that this process stages."""
@@ -148,9 +151,10 @@ class Job(Protocol):
     def for_all(self) -> AbstractContextManager[None]:
         """Within it, this process does something for all, or all do the same: an error then names no rank."""
 
-    def check_equal(self, arguments: Mapping[str, object]) -> None:
+    def check_equal(self, arguments: Mapping[str, object], tensors: Callable[[], Mapping[str, str]]) -> None:
         """Raises ValueError if ``arguments``, by the name that a message has for them, are not the same everywhere: JSON values, which
-        the message shows if they are short, and digests as bytes."""
+        the message shows if they are short, and digests as bytes. ``tensors``: returns what each tensor is on disk, by name, for a message
+        about `LAYOUT`."""
 
     def watch(self, watch: Watch) -> Watch:
         """``watch``, which also ends the save if another process fails."""
@@ -215,7 +219,7 @@ class Alone:
     def for_all(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def check_equal(self, arguments: Mapping[str, object]) -> None:
+    def check_equal(self, arguments: Mapping[str, object], tensors: Callable[[], Mapping[str, str]]) -> None:
         pass
 
     def watch(self, watch: Watch) -> Watch:
