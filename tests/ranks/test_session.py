@@ -18,6 +18,7 @@ from jobs import Job, run_ranks
 from shardsave._ranks import group as groups
 from shardsave._ranks.arrivals import Call
 from shardsave._ranks.begin import begin, begin_with, session_of
+from shardsave._ranks.meeting import Meeting
 from shardsave._ranks.member import Member
 from shardsave._ranks.part import Timeouts
 from shardsave._ranks.session import Session
@@ -363,6 +364,35 @@ def test_an_interrupt_while_ranks_meet(struck: int, last: int) -> None:
     for rank, (said, values, left) in enumerate(run_ranks(4, interrupted_in_the_meeting, struck, last)):
         assert said == ("interrupt" if rank == struck else f"rank {struck} was interrupted"), (rank, said)
         assert values == [b"0", b"1", b"2", b"3"] and left == []
+
+
+def interrupted_while_answered(rank: int) -> tuple[str, float]:
+    """Rank 1 is interrupted when rank 0 has seen that all have come, and has not yet answered."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    meet_all(rank)
+    answer = Meeting._answer
+
+    def late(self: Meeting, *arguments: Any) -> Any:
+        while self._line.has([self._key("arrived", 1)]):
+            time.sleep(0.01)
+        return answer(self, *arguments)
+
+    if rank == 1:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with mock.patch.object(Meeting, "_answer", late):
+        try:
+            with open_session(rank) as session:
+                session.exchange("values", b"")
+        except (KeyboardInterrupt, SaveNotCommittedError) as error:
+            return str(error), time.monotonic() - began
+    return "no error", 0.0
+
+
+def test_an_interrupt_while_ranks_are_answered() -> None:
+    """Catches a rank that waits at the end of the call for one that has already left it."""
+    for rank, (said, seconds) in enumerate(run_ranks(4, interrupted_while_answered)):
+        assert said == ("" if rank == 1 else "rank 1 was interrupted") and seconds < 4, (rank, said, seconds)
 
 
 def interrupted_at_the_exit(rank: int) -> str:

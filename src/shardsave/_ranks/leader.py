@@ -130,6 +130,8 @@ class Leader(Part):
 
     def deliver(self, entry: Entry) -> None:
         super().deliver(entry)
+        if (failure := self.mailbox.failure) is not None:
+            self._gone.update(failure.lost)  # also who gave up before it came here: nobody waits for it when this rank leaves
         self._entries.append(entry)
         message = _message(entry)
         for peer in self._peers:
