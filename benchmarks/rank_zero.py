@@ -66,12 +66,12 @@ class Others:
     def __init__(self, ranks: int, pipe: Connection) -> None:
         from shardsave._ranks.arrivals import Call
         from shardsave._ranks.heartbeat import Pulse
-        from shardsave._ranks.line import Line
+        from shardsave._ranks.store_connection import StoreConnection
 
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as in the agent of torchrun
         pipe.send(store.port)
         key, call, rank_timeout = pipe.recv()
-        self._line = Line(store, f"shardsave/{key}")
+        self._line = StoreConnection(store, f"shardsave/{key}")
         self._line.open()
         self._hosts = [range(begin, min(begin + RANKS_OF_HOST, ranks)) for begin in range(1, ranks, RANKS_OF_HOST)]
         self._call = Call(*call)
@@ -188,8 +188,8 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     import shardsave
-    from shardsave._ranks import begin as beginning
     from shardsave._ranks import group, save_job
+    from shardsave._ranks import open_session as beginning
     from shardsave._ranks.session import Session
     from shardsave._storage.transaction import Transaction
 
@@ -223,7 +223,7 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
         lines.append(call._post.line)
         close(call)
 
-    class Shipping(NoShipping):
+    class SaveExchange(NoShipping):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             shippings.append(self)
@@ -241,7 +241,7 @@ def simulate(path: Path, ranks: int, layers: int, seconds: float) -> dict[str, A
             (beginning, "begin_with", begin_with_others),
             (Session, "gather", gather_of_all),
             (Session, "close", close_after_others),
-            (save_job, "Shipping", Shipping),
+            (save_job, "SaveExchange", SaveExchange),
             (save_job.SaveJob, "__init__", note_job),
             (Transaction, "check_space", lambda transaction, nbytes: None),
         ):

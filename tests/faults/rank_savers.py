@@ -27,7 +27,7 @@ from jobs import Job
 from shardsave._common.progress import Progress
 from shardsave._loading.read import TensorReader
 from shardsave._ranks import group as groups
-from shardsave._ranks.begin import begin
+from shardsave._ranks.open_session import begin
 from shardsave._storage.open_checkpoint import open_checkpoint
 
 SIZE = 4

@@ -19,7 +19,7 @@ import shardsave
 from jobs import run_ranks
 from shardsave._ranks import claims
 from shardsave._ranks.claims import Claims
-from shardsave._ranks.line import Line
+from shardsave._ranks.store_connection import StoreConnection
 
 State = dict[str, torch.Tensor]
 Ranks = tuple[int, ...]
@@ -187,14 +187,14 @@ def count_calls(rank: int, folder: Path) -> list[list[str]]:
     calls: list[str] = []
 
     def counted(name: str) -> Any:
-        method = getattr(Line, name)
+        method = getattr(StoreConnection, name)
 
-        def call(line: Line, *arguments: Any) -> Any:
+        def call(line: StoreConnection, *arguments: Any) -> Any:
             if line._prefix.startswith("shardsave/claims"):
                 calls.append(name)
             return method(line, *arguments)
 
-        return mock.patch.object(Line, name, call)
+        return mock.patch.object(StoreConnection, name, call)
 
     ends = []
     with counted("peek"), counted("set"), counted("delete"), mock.patch.object(claims, "_MOST_CLAIMS", 2):
@@ -215,15 +215,15 @@ def save_without_a_store(rank: int, folder: Path) -> tuple[list[str], int]:
     """The store does not answer claims: a call of it takes longer than a save waits. Also returns how many calls there were."""
     make_groups()
     calls = []
-    set_key = Line.set
+    set_key = StoreConnection.set
 
-    def hang(line: Line, key: str, value: bytes) -> None:
+    def hang(line: StoreConnection, key: str, value: bytes) -> None:
         if not line._prefix.startswith("shardsave/claims"):
             return set_key(line, key, value)
         calls.append(key)
         return time.sleep(1)
 
-    with mock.patch.object(claims, "_PATIENCE", 0.1), mock.patch.object(Line, "set", hang):
+    with mock.patch.object(claims, "_PATIENCE", 0.1), mock.patch.object(StoreConnection, "set", hang):
         ends = [save(rank, ALL, folder) for _ in range(3)]
     assert ends == [(("", ""), [])] * 3, ends
     return [*shardsave.load(folder)], len(calls)

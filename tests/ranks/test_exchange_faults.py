@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_shipping import columns, planned
+from test_save_exchange import columns, planned
 
 from jobs import Job, run_ranks
 from shardsave._common.assembled import Chunk
-from shardsave._ranks import begin as sessions
-from shardsave._ranks.shipping import Shipping
+from shardsave._ranks import open_session as sessions
+from shardsave._ranks.save_exchange import SaveExchange
 from shardsave.errors import ShardSaveError
 
 HOSTS = {"one host": (0, 0, 0, 0), "four hosts": (0, 1, 2, 3)}
@@ -59,7 +59,7 @@ def ship_slowly(rank: int, hosts: tuple[int, ...], fails: str, timeout: float) -
                 for shard in shards:
                     for piece in shard.pieces:
                         piece.local = tuple(Chunk(begin, held.as_subclass(Refusing)) for begin, held in piece.local)
-            shipping = Shipping(session, shards, [0, 1, 2, 3])
+            shipping = SaveExchange(session, shards, [0, 1, 2, 3])
             with closing(shipping.exchange) as exchange:
                 exchange.start()
                 windows = shipping.windows(shipping.own)

@@ -17,7 +17,7 @@ from torch import nn
 import shardsave
 from jobs import run_ranks
 from shardsave._ranks import claims, lone_save
-from shardsave._ranks.line import Line
+from shardsave._ranks.store_connection import StoreConnection
 
 State = dict[str, torch.Tensor]
 
@@ -164,11 +164,11 @@ def save_without_a_store(rank: int, folder: Path) -> tuple[list[str], int]:
     """The store does not answer: a call of it takes longer than a save waits. Also returns how many calls there were."""
     calls = []
 
-    def hang(line: Line, key: str, value: bytes) -> None:
+    def hang(line: StoreConnection, key: str, value: bytes) -> None:
         calls.append(key)
         time.sleep(1)
 
-    with mock.patch.object(claims, "_PATIENCE", 0.1), mock.patch.object(Line, "set", hang):
+    with mock.patch.object(claims, "_PATIENCE", 0.1), mock.patch.object(StoreConnection, "set", hang):
         for number in range(3):
             shardsave.save(state(rank), folder / f"{rank}-{number}", durable=False)
     return [*shardsave.load(folder / f"{rank}-2")], len(calls)

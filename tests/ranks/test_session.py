@@ -17,10 +17,10 @@ import torch.distributed as dist
 from jobs import Job, run_ranks
 from shardsave._ranks import group as groups
 from shardsave._ranks.arrivals import Call
-from shardsave._ranks.begin import begin, begin_with, session_of
-from shardsave._ranks.meeting import Meeting
 from shardsave._ranks.member import Member
-from shardsave._ranks.part import Timeouts
+from shardsave._ranks.open_session import begin, begin_with, session_of
+from shardsave._ranks.participant import Timeouts
+from shardsave._ranks.rendezvous import Rendezvous
 from shardsave._ranks.session import Session
 from shardsave.errors import OutOfSpaceError, SaveNotCommittedError, ShardSaveError
 
@@ -370,9 +370,9 @@ def interrupted_while_answered(rank: int) -> tuple[str, float]:
     """Rank 1 is interrupted when rank 0 has seen that all have come, and has not yet answered."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     meet_all(rank)
-    answer = Meeting._answer
+    answer = Rendezvous._answer
 
-    def late(self: Meeting, *arguments: Any) -> Any:
+    def late(self: Rendezvous, *arguments: Any) -> Any:
         while self._line.has([self._key("arrived", 1)]):
             time.sleep(0.01)
         return answer(self, *arguments)
@@ -380,7 +380,7 @@ def interrupted_while_answered(rank: int) -> tuple[str, float]:
     if rank == 1:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    with mock.patch.object(Meeting, "_answer", late):
+    with mock.patch.object(Rendezvous, "_answer", late):
         try:
             with open_session(rank) as session:
                 session.exchange("values", b"")

@@ -208,8 +208,8 @@ import os, signal, sys
 import torch.distributed as dist
 from shardsave._ranks import group as groups
 from shardsave._ranks.arrivals import Call
-from shardsave._ranks.begin import begin_with
-from shardsave._ranks.part import Timeouts
+from shardsave._ranks.open_session import begin_with
+from shardsave._ranks.participant import Timeouts
 store = dist.PrefixStore("job", dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, wait_for_workers=False))
 os.kill(int(sys.argv[2]), signal.SIGKILL)
 begin_with(store, groups.Members(1, (0, 1), "key"), groups.Host("host", "machine"), Call("save to", "ckpt"), Timeouts(240.0, 600.0))
@@ -219,7 +219,7 @@ begin_with(store, groups.Members(1, (0, 1), "key"), groups.Host("host", "machine
 def test_a_store_that_dies_before_the_first_call() -> None:
     """Catches a rank that tries for as long as the timeout of torch's store to reach rank 0, which is dead, and a process whose end waits
     for that."""
-    python = warm_python("torch.distributed", "shardsave._ranks.begin")
+    python = warm_python("torch.distributed", "shardsave._ranks.open_session")
     server = python.start(["-c", SERVER])
     while not server.out.endswith("\n"):
         time.sleep(0.01)

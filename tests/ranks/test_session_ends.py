@@ -12,17 +12,17 @@ from test_session import leftovers, meet_all, open_session
 from jobs import run_ranks
 from shardsave._ranks import group as groups
 from shardsave._ranks import leader
-from shardsave._ranks.line import Line
 from shardsave._ranks.log import FAILURE
 from shardsave._ranks.member import Member
+from shardsave._ranks.store_connection import StoreConnection
 from shardsave.errors import OutOfSpaceError
 
 
 def fail_where_the_log_was(rank: int, rank_0_fails: bool) -> tuple[str, list[bytes], list[str]]:
     """Rank 1 has an error, and is about to write it into the log, when rank 0 ends the session and deletes the log."""
-    claim, store = Line.claim, groups.job_store()
+    claim, store = StoreConnection.claim, groups.job_store()
 
-    def late_claim(line: Line, key: str, value: bytes, expected: bytes = b"") -> bytes | None:
+    def late_claim(line: StoreConnection, key: str, value: bytes, expected: bytes = b"") -> bytes | None:
         if rank == 1 and "/log/" in key and value.startswith(FAILURE):
             store.set("rank 1 claims", b"")
             while any("/log/" in name for name in leftovers()):
@@ -30,7 +30,7 @@ def fail_where_the_log_was(rank: int, rank_0_fails: bool) -> tuple[str, list[byt
         return claim(line, key, value, expected)
 
     error, decisions = "", []
-    with mock.patch.object(Line, "claim", late_claim):
+    with mock.patch.object(StoreConnection, "claim", late_claim):
         try:
             with open_session(rank) as session:
                 session.exchange("values", b"")

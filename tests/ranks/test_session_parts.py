@@ -15,8 +15,8 @@ from shardsave._ranks import heartbeat
 from shardsave._ranks.failures import Failure, failure_of, unpacked
 from shardsave._ranks.group import this_host
 from shardsave._ranks.heartbeat import Pulse
-from shardsave._ranks.roll import Roll, listed, unpack_roll
 from shardsave._ranks.sockets import Message, Peer, connect
+from shardsave._ranks.topology import Topology, listed, unpack_topology
 from shardsave._ranks.values import pack, unpack
 from shardsave.errors import SaveNotCommittedError
 
@@ -75,14 +75,18 @@ def test_lists_of_ranks() -> None:
 
 def test_the_roll() -> None:
     """Catches machines that are mixed up, and a roll of 10,000 ranks that is too long to send."""
-    roll = Roll(tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000)))
-    assert unpack_roll(roll.packed(), roll.names) == roll and len(roll.packed()) < 40_000
+    roll = Topology(
+        tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000))
+    )
+    assert unpack_topology(roll.packed(), roll.names) == roll and len(roll.packed()) < 40_000
     assert roll.name(17) == "rank 17 (node-2)" and roll.leaders()[:3] == [0, 8, 16] and roll.ranks_of(1) == [*range(8, 16)]
 
 
 def test_time_for_the_ranks_of_all_hosts() -> None:
     """Catches a look at all of 10,000 ranks for each of their hosts, which rank 0 asks for whenever it gathers."""
-    roll = Roll(tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000)))
+    roll = Topology(
+        tuple(rank // 8 for rank in range(10_000)), tuple(f"node-{host}" for host in range(1250)), tuple(range(10_000))
+    )
     started = time.process_time()
     assert sum(len(roll.ranks_of(host)) for _ in range(10) for host in range(1250)) == 100_000
     assert time.process_time() - started < 1

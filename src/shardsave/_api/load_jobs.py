@@ -43,8 +43,8 @@ def job_of_load(
         yield ALONE
         return
     import_at_use("shardsave._ranks.load_job")  # most loads are by one process
-    from shardsave._ranks.begin import session_of
     from shardsave._ranks.load_job import LoadJob as JobOfRanks
+    from shardsave._ranks.open_session import session_of
 
     where = str(os.fspath(path) if isinstance(path, (str, os.PathLike)) else repr(path))
     session = session_of(

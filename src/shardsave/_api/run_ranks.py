@@ -92,9 +92,9 @@ class RunRanks:
 
     def _session(self, verb: str, where: str, apart: str) -> AbstractContextManager[Session]:
         assert self._group is not None
-        import_at_use("shardsave._ranks.begin")
+        import_at_use("shardsave._ranks.open_session")
         from shardsave._ranks.arrivals import SAVE
-        from shardsave._ranks.begin import session_of
+        from shardsave._ranks.open_session import session_of
 
         saves = verb == SAVE
         return session_of(

@@ -53,7 +53,7 @@ def job_of_save(
         yield ALONE
         return
     import_at_use("shardsave._ranks.save_job")  # most saves are by one process
-    from shardsave._ranks.begin import session_of
+    from shardsave._ranks.open_session import session_of
     from shardsave._ranks.save_job import SaveJob
 
     where = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else repr(directory)
@@ -93,8 +93,8 @@ def leader_is_busy(
 
     The flights of ranks end at different moments, and all must do the same. Raises ValueError if ``if_busy`` is not the same on all.
     """
-    import_at_use("shardsave._ranks.begin")
-    from shardsave._ranks.begin import session_of
+    import_at_use("shardsave._ranks.open_session")
+    from shardsave._ranks.open_session import session_of
 
     session = session_of(
         group,

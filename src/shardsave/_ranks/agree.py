@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from shardsave._common.assembled import Chunk
 from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
+from shardsave._ranks.communicator import Communicator as Communicator
 from shardsave._ranks.description import (
     Description,
     decoded_grids,
@@ -24,7 +25,6 @@ from shardsave._ranks.description import (
     unpacked,
 )
 from shardsave._ranks.joining import Global, Joining, View
-from shardsave._ranks.talk import Session as Session
 from shardsave._state.module import Entry, State
 
 
@@ -89,7 +89,7 @@ def say(state: State, what: str = "tensors") -> Said:
 
 
 def agree(
-    session: Session, state: State, what: str = "tensors", said: Said | None = None, *, all_say_the_same: bool = False
+    session: Communicator, state: State, what: str = "tensors", said: Said | None = None, *, all_say_the_same: bool = False
 ) -> State:
     """``state`` of this rank as the state of all ranks: equal on all of them, each source a `Spread`.
 
@@ -143,7 +143,7 @@ def _decoded(data: bytes) -> _Survey:
     return _Survey(*json.loads(zlib.decompress(data)))
 
 
-def _joined(session: Session, survey: _Survey, description: Description, encoded: bytes) -> Global:
+def _joined(session: Communicator, survey: _Survey, description: Description, encoded: bytes) -> Global:
     """The global state. ``description`` is that of this rank, ``encoded`` the same as bytes."""
     descriptions = [description]
     if len(survey.senders) > 1:

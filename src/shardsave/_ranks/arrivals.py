@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shardsave._ranks.group import Members
-from shardsave._ranks.line import Line
+from shardsave._ranks.store_connection import StoreConnection
 
 #: What calls that save do.
 SAVE = "save to"
@@ -80,14 +80,14 @@ class Answered:
     def note(self, rank: int, arrival: Arrival) -> None:
         self._tokens[arrival.kind, rank] = arrival.token
 
-    def waiting(self, line: Line, kind: str, rank: int) -> Arrival | None:
+    def waiting(self, line: StoreConnection, kind: str, rank: int) -> Arrival | None:
         """``rank``, if it waits in a call of this kind."""
         value = line.peek(key_of("arrived", kind, rank))
         arrival = None if value is None else Arrival(*value.decode().split())._replace(kind=kind)
         return None if arrival is None or self._tokens.get((kind, rank)) == arrival.token else arrival
 
 
-def waiting_elsewhere(line: Line, call: Call, rank: int, answered: Answered) -> Iterator[Arrival]:
+def waiting_elsewhere(line: StoreConnection, call: Call, rank: int, answered: Answered) -> Iterator[Arrival]:
     """``rank`` in each call of another kind than that of ``call`` in which it waits."""
     arrivals = (answered.waiting(line, kind, rank) for kind in _KINDS if kind != call.kind)
     return (arrival for arrival in arrivals if arrival is not None)
@@ -96,7 +96,7 @@ def waiting_elsewhere(line: Line, call: Call, rank: int, answered: Answered) -> 
 class Elsewhere:
     """The ranks that wait in calls of other kinds and cannot come to this one, as rank 0 sees them."""
 
-    def __init__(self, line: Line, call: Call, number: int, answered: Answered) -> None:
+    def __init__(self, line: StoreConnection, call: Call, number: int, answered: Answered) -> None:
         """``number``: of this call, see `number_of_call`."""
         self._line = line
         self._call = call

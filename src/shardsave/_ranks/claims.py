@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from shardsave._format.file_names import INDEX_NAME
 from shardsave._ranks import group as groups
-from shardsave._ranks.line import Line
-from shardsave._ranks.roll import listed, runs_of
+from shardsave._ranks.store_connection import StoreConnection
+from shardsave._ranks.topology import listed, runs_of
 from shardsave.errors import SaveNotCommittedError
 
 _T = TypeVar("_T")
@@ -104,7 +104,7 @@ class Claims:
             claim = Claim(runs_of(self._ranks), self._step, time.time(), index)
             self._ask(lambda line: self._set(line, json.dumps(claim).encode()))
 
-    def _set(self, line: Line, claim: bytes) -> None:
+    def _set(self, line: StoreConnection, claim: bytes) -> None:
         line.set(self._key, claim)
         if self._key in _own_keys:
             _own_keys.remove(self._key)
@@ -150,11 +150,11 @@ class Claims:
             f"nothing was written, the checkpoint of {theirs} is intact"
         )
 
-    def _ask(self, call: Callable[[Line], _T]) -> _T | None:
+    def _ask(self, call: Callable[[StoreConnection], _T]) -> _T | None:
         """What ``call`` returns; None if the store does not answer in time."""
         if self._store in _silent:
             return None
-        line = Line(self._store, _PREFIX)
+        line = StoreConnection(self._store, _PREFIX)
         answers: SimpleQueue[_T | None] = SimpleQueue()
 
         def ask() -> None:
@@ -181,7 +181,7 @@ def claims_of(directory: str, ranks: Sequence[int]) -> Claims | None:
         return None
 
 
-def saved_apart(line: Line, directory: str, ranks: Iterable[int], seconds: float) -> str:
+def saved_apart(line: StoreConnection, directory: str, ranks: Iterable[int], seconds: float) -> str:
     """What to say if some of ``ranks``, which others wait for, have saved into ``directory`` by themselves in the last ``seconds``."""
     data = line.beside(_PREFIX).peek(_key_of(directory))
     claim = Claim(*json.loads(data)) if data is not None else None

@@ -22,10 +22,10 @@ from shardsave._common.spread import Spread
 from shardsave._format.crc64 import raw_sums_of
 from shardsave._format.packing import StoredTensor
 from shardsave._ranks.box_sums import Runs, Summand, box_sums, runs_of
+from shardsave._ranks.communicator import Communicator
 from shardsave._ranks.joined_sums import factors, times
 from shardsave._ranks.reading_back import Question, read_together
 from shardsave._ranks.replicas import shared, view_of
-from shardsave._ranks.talk import Session
 from shardsave._saving.comparison import Stored
 from shardsave._saving.contents import Contents
 from shardsave._saving.frozen import FrozenMemory, remember, sum_when_saved
@@ -52,7 +52,7 @@ class AmongRanks:
 
     def __init__(
         self,
-        session: Session,
+        session: Communicator,
         contents: Contents,
         frozen: Mapping[str, FrozenMemory],
         watch: Watch,

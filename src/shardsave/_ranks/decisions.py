@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from shardsave._common.shutdown import raise_if_ending
 from shardsave._ranks.failures import StoreLost
 from shardsave._ranks.group import Members, Store, job_store, members_of
-from shardsave._ranks.line import Line
-from shardsave._ranks.pauses import pauses_for
+from shardsave._ranks.polling import pauses_for
+from shardsave._ranks.store_connection import StoreConnection
 from shardsave.errors import SaveNotCommittedError, ShardSaveError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Decisions:
         self._patience = patience
         self._told: set[str] = set()
         run = hashlib.sha256(shown.encode()).hexdigest()[:16]
-        self._line = Line(store, f"shardsave/{members.key}/run/{run}/{number}")
+        self._line = StoreConnection(store, f"shardsave/{members.key}/run/{run}/{number}")
         self._last = Decision()
         with self._reaching():
             self._line.open()

@@ -25,11 +25,11 @@ from shardsave._engine.blocks import blocks
 from shardsave._engine.transfer import BLOCK_BYTES, Piece, Transfer
 from shardsave._format.dtypes import BY_NAME, torch_shape
 from shardsave._loading.read import Target, TensorReader, damage_message
-from shardsave._ranks.delivering import Delivering, Reading
 from shardsave._ranks.joined_sums import JoinedSums
+from shardsave._ranks.load_exchange import LoadExchange, Reading
 from shardsave._ranks.places import place_of
 from shardsave._ranks.read_plan import Range, plan_reads
-from shardsave._ranks.wants import Key, Want, agree_on_wants
+from shardsave._ranks.read_requests import Key, ReadRequest, agree_on_requests
 from shardsave._storage.checkpoint import Checkpoint
 from shardsave._storage.located import Located
 from shardsave.errors import CorruptCheckpointError
@@ -77,8 +77,8 @@ class JobReader(TensorReader):
         with gc_paused():
             empty = [target for target in targets if not target[0].nbytes]  # each begins where the tensor after it does
             mine, again = _by_key([target for target in targets if target[0].nbytes] if empty else targets)
-            wants = {key: Want(located.dtype, spread.layout) for key, (located, spread) in mine.items()}
-        wants = agree_on_wants(self._session, wants)
+            wants = {key: ReadRequest(located.dtype, spread.layout) for key, (located, spread) in mine.items()}
+        wants = agree_on_requests(self._session, wants)
         with gc_paused():
             plan = plan_reads(wants, rank, size, every_byte=self._verify)
             stored = _all_stored(wants, mine, rank)
@@ -130,7 +130,7 @@ class JobReader(TensorReader):
             readings = [_reading(stored, ranges, group) for ranges in of_ranks]
             mine = [*of_ranks[self._session.rank], *(one.range for one in ours)]
             blocks_of_own = blocks(_extents(stored, [one.range for one in ours], group), BLOCK_BYTES)
-            delivering = Delivering(self._session, readings, [one.spread for one in stored])
+            delivering = LoadExchange(self._session, readings, [one.spread for one in stored])
             with closing(delivering.exchange) as exchange:
                 exchange.start()
                 planned, pieces, windows = delivering.run(blocks_of_own, [one.piece for one in ours])
@@ -247,7 +247,7 @@ def _chunks(located: Located, into: torch.Tensor | Spread | None) -> Iterator[tu
         yield chunk, viewed(spread, Region.box(begin, chunk.shape))
 
 
-def _all_stored(wants: Mapping[Key, Want], mine: Mapping[Key, tuple[Located, Spread]], rank: int) -> list[_Stored]:
+def _all_stored(wants: Mapping[Key, ReadRequest], mine: Mapping[Key, tuple[Located, Spread]], rank: int) -> list[_Stored]:
     all_stored = []
     checked: set[tuple[int, int]] = set()  # pairs of layouts: that of all ranks, and that of this one
     for (shard, offset), (dtype, layout) in wants.items():

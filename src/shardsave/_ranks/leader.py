@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from shardsave._ranks.failures import Failure
 from shardsave._ranks.heartbeat import Pulse
-from shardsave._ranks.line import Line
 from shardsave._ranks.log import END, PUBLISHED, Entry
 from shardsave._ranks.mailbox import Mailbox
-from shardsave._ranks.meeting import Met
-from shardsave._ranks.part import BEAT, ENTRY, HELLO, LEFT, READ, STORE_LOST, VALUE, Part, Timeouts
-from shardsave._ranks.pauses import Pauses, pauses_for
+from shardsave._ranks.participant import BEAT, ENTRY, HELLO, LEFT, READ, STORE_LOST, VALUE, Participant, Timeouts
+from shardsave._ranks.polling import PollIntervals, pauses_for
+from shardsave._ranks.rendezvous import Met
 from shardsave._ranks.sockets import Listener, Message, Peer, Waiter
+from shardsave._ranks.store_connection import StoreConnection
 from shardsave._ranks.values import pack, unpack
 
 _LEFT = b"left"
@@ -24,8 +24,10 @@ _LEFT = b"left"
 _PATIENCE = 5.0
 
 
-class Leader(Part):
-    def __init__(self, line: Line, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox) -> None:
+class Leader(Participant):
+    def __init__(
+        self, line: StoreConnection, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox
+    ) -> None:
         super().__init__(line, met, names, rank, timeouts, mailbox)
         self._listener = Listener(self.address)
         self._waiter = Waiter(mailbox.bell, self._listener)
@@ -35,7 +37,7 @@ class Leader(Part):
         self._hosts = Pulse(timeouts.rank, () if rank == 0 else (0,))
         self._beats: dict[int, bytes] = {}
         self._beat = 0
-        self._pauses = pauses_for(met.hosts) if met.hosts > 1 else Pauses(self._members.period, self._members.period)
+        self._pauses = pauses_for(met.hosts) if met.hosts > 1 else PollIntervals(self._members.period, self._members.period)
         self._entries: list[Entry] = []
         self._values: dict[int, dict[int, bytes]] = {}
         self._set: dict[int, list[str]] = {}
@@ -188,7 +190,7 @@ class Leader(Part):
         stowed = self.line.stow(key, pack([values[rank] for rank in own]))
         self.line.set(key, stowed)
         self.line.add(self.key(f"count/{phase}"), 1)
-        self._set[phase] = [key, *Line.parts(key, stowed), self.key(f"count/{phase}")]
+        self._set[phase] = [key, *StoreConnection.parts(key, stowed), self.key(f"count/{phase}")]
         del self._values[phase]
 
     def _delete_set(self, phase: int | None = None) -> None:

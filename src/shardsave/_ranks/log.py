@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from shardsave._ranks.failures import Failure
-from shardsave._ranks.line import Line
+from shardsave._ranks.store_connection import StoreConnection
 
 PUBLISHED, FAILURE, END = b"p", b"f", b"e"
 
@@ -39,7 +39,7 @@ def unpack_entry(position: int, packed: bytes) -> Entry:
 class Log:
     """The entries of one session, read and written by one rank."""
 
-    def __init__(self, line: Line, session: str) -> None:
+    def __init__(self, line: StoreConnection, session: str) -> None:
         self._line = line
         self._prefix = f"{session}/log"
         self.length = 0
@@ -74,9 +74,9 @@ class Log:
         if found == packed:
             entry = Entry(self.length, kind, phase, value)
             self.take(entry)
-            self._keys += Line.parts(key, stowed)
+            self._keys += StoreConnection.parts(key, stowed)
             return entry, True
-        self._line.delete(Line.parts(key, stowed))
+        self._line.delete(StoreConnection.parts(key, stowed))
         return self._fetched(found or b""), False
 
     def fail(self, failure: Failure, hear: Callable[[], None] = lambda: None) -> Iterator[Entry]:
@@ -113,5 +113,5 @@ class Log:
         short = unpack_entry(self.length, packed)
         entry = short._replace(value=self._line.fetched(key, short.value))
         self.take(entry)
-        self._keys += Line.parts(key, short.value)
+        self._keys += StoreConnection.parts(key, short.value)
         return entry

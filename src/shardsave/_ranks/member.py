@@ -7,19 +7,21 @@ from contextlib import contextmanager
 
 from shardsave._ranks.failures import Failure, StoreLost
 from shardsave._ranks.heartbeat import Pulse
-from shardsave._ranks.line import Line
 from shardsave._ranks.log import unpack_entry
 from shardsave._ranks.mailbox import Mailbox
-from shardsave._ranks.meeting import Met
-from shardsave._ranks.part import BEAT, ENTRY, HELLO, LEFT, READ, STORE_LOST, VALUE, Part, Timeouts
+from shardsave._ranks.participant import BEAT, ENTRY, HELLO, LEFT, READ, STORE_LOST, VALUE, Participant, Timeouts
+from shardsave._ranks.rendezvous import Met
 from shardsave._ranks.sockets import Message, Peer, Waiter, connect
+from shardsave._ranks.store_connection import StoreConnection
 
 #: Seconds between two attempts to reach a leader that does not listen yet.
 _RETRY = 0.002
 
 
-class Member(Part):
-    def __init__(self, line: Line, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox) -> None:
+class Member(Participant):
+    def __init__(
+        self, line: StoreConnection, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox
+    ) -> None:
         super().__init__(line, met, names, rank, timeouts, mailbox)
         self._waiter = Waiter(mailbox.bell)
         self._leader: Peer | None = None

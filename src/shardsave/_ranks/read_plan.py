@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from shardsave._format.dtypes import BY_NAME
 from shardsave._ranks.division import CommonRange, Division, divide
-from shardsave._ranks.wants import Key, Want
+from shardsave._ranks.read_requests import Key, ReadRequest
 
 #: One rank reads neighbouring ranges of a file, up to this many bytes together, so that small tensors share reads.
 RUN_BYTES = 4 << 20
@@ -37,7 +37,7 @@ class ReadPlan(NamedTuple):
     common: list[list[Range]]
 
 
-def plan_reads(wants: Mapping[Key, Want], rank: int, size: int, *, every_byte: bool) -> ReadPlan:
+def plan_reads(wants: Mapping[Key, ReadRequest], rank: int, size: int, *, every_byte: bool) -> ReadPlan:
     """The plan for ``wants``, in the order of files and offsets. ``every_byte``: read also what nobody needs."""
     divisions = _divisions(wants)
     readers = _Readers(size)
@@ -61,7 +61,7 @@ def plan_reads(wants: Mapping[Key, Want], rank: int, size: int, *, every_byte: b
     return plan
 
 
-def _divisions(wants: Mapping[Key, Want]) -> list[Division]:
+def _divisions(wants: Mapping[Key, ReadRequest]) -> list[Division]:
     """The division of each of ``wants``; layouts are hashed slowly, and most tensors share theirs."""
     items = {dtype: BY_NAME[dtype].torch.itemsize for dtype in {want.dtype for want in wants.values()}}
     known: dict[tuple[int, str], Division] = {}

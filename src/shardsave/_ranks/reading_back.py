@@ -20,7 +20,7 @@ import numpy as np
 from shardsave._common.os_calls import CallFailed
 from shardsave._engine.transfer import TransferFault
 from shardsave._format.packing import Shard, StoredTensor
-from shardsave._ranks.talk import Session
+from shardsave._ranks.communicator import Communicator
 from shardsave._saving.read_back import sums_on_disk
 from shardsave._saving.shards import UnchangedShard
 from shardsave._storage.earlier import EarlierCheckpoint, EarlierFolder
@@ -61,7 +61,7 @@ class Question(NamedTuple):
 
 
 def read_together(
-    session: Session, question: Question, tensors: Callable[[int], StoredTensor], check: Callable[[], object]
+    session: Communicator, question: Question, tensors: Callable[[int], StoredTensor], check: Callable[[], object]
 ) -> list[list[int] | None] | None:
     """Reads this rank's share. Where it leads, returns the checksums of the tensors in each file; None: some rank could not read it.
     Elsewhere returns None.

@@ -24,7 +24,7 @@ from shardsave._common.sources import TensorSource
 from shardsave._common.spread import Spread
 from shardsave._common.words import count, some
 from shardsave._engine.checksums import checksums
-from shardsave._ranks.talk import Session
+from shardsave._ranks.communicator import Communicator
 from shardsave._state.module import Entry, State
 from shardsave.errors import UnsupportedTensorError
 
@@ -59,7 +59,7 @@ class Checked(NamedTuple):
     known: Callable[[], Mapping[tuple[int, Extent], int]]
 
 
-def check_replicas(session: Session, state: State, on_divergence: Literal["raise", "lowest_rank"]) -> Checked:
+def check_replicas(session: Communicator, state: State, on_divergence: Literal["raise", "lowest_rank"]) -> Checked:
     """Compares the replicas of ``state``, which `agree` returned.
 
     If replicas differ: raises UnsupportedTensorError on all ranks, or lets only the lowest rank of each have them, and says so in a note.
@@ -104,7 +104,7 @@ def sum_replicas(entries: Sequence[Entry], rank: int) -> ReplicaSums:
 
 
 def compare_replicas(
-    session: Session, sums: ReplicaSums, on_divergence: Literal["raise", "lowest_rank"], *, of_training: bool = False
+    session: Communicator, sums: ReplicaSums, on_divergence: Literal["raise", "lowest_rank"], *, of_training: bool = False
 ) -> tuple[str, ...]:
     """Compares ``sums`` of all ranks. Returns a note if some differ, or raises UnsupportedTensorError on all ranks.
 
@@ -214,7 +214,7 @@ def _differing(messages: Sequence[bytes]) -> bytes:
     return json.dumps(differ).encode()
 
 
-def _words(session: Session, summed: ReplicaSums, asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
+def _words(session: Communicator, summed: ReplicaSums, asked: Mapping[bytes, Sequence[int]], parts: Sequence[Any]) -> str:
     """Which tensors differ on which ranks. ``parts``: the sums that each rank sent, in the order of its own sets."""
     differ: dict[int, dict[int, set[int]]] = {}  # number of a tensor → lowest rank → others
     replicated = {rank: _replicated(summed.layouts, rank) for ranks in asked.values() for rank in ranks}

@@ -21,6 +21,7 @@ from shardsave._ranks.equality import Unequal, check_equal
 from shardsave._ranks.file_owners import file_owners
 from shardsave._ranks.job_watch import JobWatch
 from shardsave._ranks.replicas import check_replicas, compare_replicas
+from shardsave._ranks.save_exchange import SaveExchange
 from shardsave._ranks.save_messages import (
     decode_prepared,
     decode_written,
@@ -29,7 +30,6 @@ from shardsave._ranks.save_messages import (
     joined,
 )
 from shardsave._ranks.session import Session
-from shardsave._ranks.shipping import Shipping
 from shardsave._ranks.training import TRAINING, OwnTraining, plan_training, state_of, with_other_files
 from shardsave._ranks.values import pack
 from shardsave._saving.comparison import Comparison
@@ -83,7 +83,7 @@ class SaveJob:
         self._joined: Joined | None = None  # where it does not
         self._watch: Watch | None = None
         self._mine: set[str] = set()
-        self._shipping: Shipping | None = None
+        self._shipping: SaveExchange | None = None
         self._comparison: AmongRanks | None = None
         self._all: list[str] = []
         self._to_write: list[str] = []
@@ -249,7 +249,7 @@ class SaveJob:
         names = [name for name in to_write if name not in apart]
         shards = [to_write[name] for name in names]
         with gc_paused():
-            self._shipping = shipping = Shipping(self._session, shards, file_owners(shards, self._session.hosts))
+            self._shipping = shipping = SaveExchange(self._session, shards, file_owners(shards, self._session.hosts))
         own = {names[number]: shard for number, shard in zip(shipping.mine, shipping.own)}
         self._mine = {*own, *apart}
         try:

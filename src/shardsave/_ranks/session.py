@@ -1,7 +1,7 @@
 """One collective call: the ranks of a group meet, tell each other values, and end with the same error if one of them fails.
 
 Only the store of torch.distributed is used, and Unix sockets within a host: no collective, and no group of the caller. Each session has a
-thread of its own (`post.py`), so that signs of life are given while the caller computes, and so that no call waits longer than its limit.
+thread of its own (`session_thread.py`): signs of life are given while the caller computes, and no call waits longer than its limit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from shardsave._common.words import some
 from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import Failure, StoreLost, failure_of, is_foreign
 from shardsave._ranks.mailbox import Command
-from shardsave._ranks.part import Timeouts
-from shardsave._ranks.post import Post
-from shardsave._ranks.roll import Roll
-from shardsave._ranks.ticket import Ticket
+from shardsave._ranks.participant import Timeouts
+from shardsave._ranks.session_lock import SessionLock
+from shardsave._ranks.session_thread import SessionThread
+from shardsave._ranks.topology import Topology
 from shardsave._ranks.values import pack, unpack
 from shardsave._ranks.waiting import TICK, Stall, join, trouble_of
 from shardsave.errors import SaveCancelledError, ShardSaveError
@@ -54,13 +54,13 @@ class Session:
 
     def __init__(
         self,
-        post: Post | None,
+        post: SessionThread | None,
         call: Call,
-        roll: Roll,
+        roll: Topology,
         rank: int,
         timeouts: Timeouts,
         usual: type[ShardSaveError],
-        ticket: Ticket | None = None,
+        ticket: SessionLock | None = None,
     ) -> None:
         self.rank = rank
         self.size = len(roll.names)
@@ -292,7 +292,7 @@ class _NotInTime(Exception):
     """A wait was over before what it waited for."""
 
 
-def end_unheld(post: Post | None, ticket: Ticket | None, failure: Failure) -> None:
+def end_unheld(post: SessionThread | None, ticket: SessionLock | None, failure: Failure) -> None:
     """Ends a session that nobody holds any more."""
     if ticket is not None:
         ticket.give_back()

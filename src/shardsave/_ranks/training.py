@@ -23,7 +23,7 @@ from shardsave._common.words import count, some
 from shardsave._format.boxes import BOXES, StoredBox
 from shardsave._format.index import ShardRecord
 from shardsave._format.training_state import TrainingIndex, encode_training_index
-from shardsave._ranks.agree import Said, Session, agree
+from shardsave._ranks.agree import Communicator, Said, agree
 from shardsave._ranks.replicas import ReplicaSums, sum_replicas
 from shardsave._saving.contents import OtherFile, PlannedDirectory
 from shardsave._saving.training_directory import DescribedTraining, plan_training_directory
@@ -53,7 +53,7 @@ def state_of(training: DescribedTraining) -> State:
 
 
 def plan_training(
-    session: Session,
+    session: Communicator,
     training: DescribedTraining | None,
     max_shard_size: int,
     said: Said | None = None,
@@ -85,7 +85,7 @@ def plan_training(
     return OwnTraining(training.shared, directory, bool(boxes) or training.has_distributed, sums)
 
 
-def with_other_files(session: Session, training: OwnTraining, directory: PlannedDirectory) -> PlannedDirectory:
+def with_other_files(session: Communicator, training: OwnTraining, directory: PlannedDirectory) -> PlannedDirectory:
     """``directory``, which is that of ``training``, with the files of all ranks."""
     files = {name: (len(document), 0) for name, document in directory.documents.items()}
     files.update((name, (shard.reserved_bytes, shard.layout.data_bytes)) for name, shard in directory.shards.items())
@@ -106,7 +106,7 @@ def with_other_files(session: Session, training: OwnTraining, directory: Planned
     return replace(directory, others=others, index=index)
 
 
-def _has_training(session: Session, training: DescribedTraining | None) -> bool:
+def _has_training(session: Communicator, training: DescribedTraining | None) -> bool:
     """Whether the ranks save a training state. Raises ValueError if only some of them do."""
     having = [bool(one) for one in session.exchange("training", b"" if training is None else b"1")]
     if any(having) and not all(having):
@@ -116,7 +116,7 @@ def _has_training(session: Session, training: DescribedTraining | None) -> bool:
     return all(having)
 
 
-def _check_shared(session: Session, shared: bytes) -> None:
+def _check_shared(session: Communicator, shared: bytes) -> None:
     """Raises UnsupportedTrainingError on all ranks if ``shared`` is not the same everywhere; it names the first place that differs."""
     if len(set(session.exchange("shared values", hashlib.sha256(shared).digest()))) == 1:
         return
@@ -132,7 +132,7 @@ def _check_shared(session: Session, shared: bytes) -> None:
     _raise_on_first(session, UnsupportedTrainingError(_difference(session, everywhere)))
 
 
-def _difference(session: Session, everywhere: Sequence[Sequence[str | None] | None]) -> str:
+def _difference(session: Communicator, everywhere: Sequence[Sequence[str | None] | None]) -> str:
     """The message for `first_difference` between rank 0 and each rank."""
     place, first, _ = next(found for found in everywhere if found is not None)
     there = {rank: found[2] for rank, found in enumerate(everywhere) if found is not None and found[0] == place}
@@ -148,7 +148,7 @@ def _difference(session: Session, everywhere: Sequence[Sequence[str | None] | No
     )
 
 
-def _raise_on_first(session: Session, error: Exception) -> NoReturn:
+def _raise_on_first(session: Communicator, error: Exception) -> NoReturn:
     """Raises ``error``, which all ranks have found: that of rank 0 on all."""
     if session.rank > 0:
         session.publish("the error of the first rank")

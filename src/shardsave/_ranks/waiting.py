@@ -6,7 +6,7 @@ import time
 
 from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import StoreLost
-from shardsave._ranks.post import Post
+from shardsave._ranks.session_thread import SessionThread
 from shardsave.errors import ShardSaveError
 
 #: Seconds between two looks at the time.
@@ -33,14 +33,14 @@ class Stall:
         return self._seconds > self._limit
 
 
-def join(post: Post, seconds: float, stall: Stall) -> None:
+def join(post: SessionThread, seconds: float, stall: Stall) -> None:
     """Waits until the thread has ended, unless the store does not answer it."""
     end = time.monotonic() + seconds
     while not post.join(TICK) and time.monotonic() < end and not stall.lasts(post.line.call):
         pass
 
 
-def trouble_of(post: Post, usual: type[ShardSaveError], stall: Stall, call: Call) -> Exception | None:
+def trouble_of(post: SessionThread, usual: type[ShardSaveError], stall: Stall, call: Call) -> Exception | None:
     """The error of the job, as far as this rank knows."""
     mailbox = post.mailbox
     if mailbox.failure is not None:

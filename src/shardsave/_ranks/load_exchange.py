@@ -49,7 +49,7 @@ class Reading(NamedTuple):
     start: Sequence[int]
 
 
-class Delivering:
+class LoadExchange:
     """What ranks exchange in one load. All ranks make it with equal ``readings``, one for each rank.
 
     ``targets``: the tensors by number, each with the boxes that this rank fills (`Spread.local`). Each rank takes all boxes that it holds.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_shipping import model
+from test_save_exchange import model
 
 from jobs import run_ranks
 from shardsave._common.assembled import Chunk
@@ -19,8 +19,8 @@ from shardsave._common.spread import Spread
 from shardsave._engine import engine
 from shardsave._engine.blocks import blocks
 from shardsave._format.crc64 import crc64
-from shardsave._ranks import begin as sessions
-from shardsave._ranks.delivering import Delivering, Reading
+from shardsave._ranks import open_session as sessions
+from shardsave._ranks.load_exchange import LoadExchange, Reading
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
@@ -52,7 +52,7 @@ def read(rank: int, path: str, size: int, portable: bool, hosts: tuple[int, ...]
     fd = os.open(path, os.O_RDONLY)
     with sessions.begin(dist.group.WORLD, "load", path) as session:
         session.hosts = hosts
-        delivering = Delivering(session, readings, targets)
+        delivering = LoadExchange(session, readings, targets)
         with closing(delivering.exchange) as exchange:
             exchange.start()
             own = [(0, 0, 100, 1), (0, 100, 29, 1)]

@@ -18,9 +18,9 @@ from shardsave._ranks.arrivals import SAVE, Answered, Arrival, Call, Elsewhere, 
 from shardsave._ranks.claims import saved_apart
 from shardsave._ranks.failures import Failure, unpacked
 from shardsave._ranks.group import Host, Members
-from shardsave._ranks.line import Line
-from shardsave._ranks.pauses import pauses_for
-from shardsave._ranks.roll import Roll, listed
+from shardsave._ranks.polling import pauses_for
+from shardsave._ranks.store_connection import StoreConnection
+from shardsave._ranks.topology import Topology, listed
 
 _BATCH = 64
 #: So many times the limit the other ranks wait for rank 0.
@@ -39,7 +39,7 @@ class Met(NamedTuple):
     host: int
     leader: int
     hosts: int
-    roll: Roll | None = None
+    roll: Topology | None = None
     gone: tuple[tuple[int, bool], ...] = ()
 
 
@@ -51,11 +51,18 @@ class NotMet(Exception):
         self.failure = failure
 
 
-class Meeting:
+class Rendezvous:
     """One rank on its way into a session. Everything runs on the thread of the session."""
 
     def __init__(
-        self, line: Line, members: Members, host: Host, call: Call, number: int, seconds: float, given_up: Callable[[], bool]
+        self,
+        line: StoreConnection,
+        members: Members,
+        host: Host,
+        call: Call,
+        number: int,
+        seconds: float,
+        given_up: Callable[[], bool],
     ) -> None:
         """``number``: of the call, see `number_of_call`."""
         self._line = line
@@ -218,7 +225,7 @@ class Meeting:
         hosts = {arrival.host: 0 for arrival in arrivals.values()}
         hosts = {host: number for number, host in enumerate(hosts)}
         names = {hosts[arrival.host]: arrival.host_name for arrival in arrivals.values()}
-        roll = Roll(tuple(hosts[arrival.host] for arrival in arrivals.values()), tuple(names.values()), self._members.names)
+        roll = Topology(tuple(hosts[arrival.host] for arrival in arrivals.values()), tuple(names.values()), self._members.names)
         session, leaders = os.urandom(8).hex(), roll.leaders()
         self._line.set_all({f"{session}/beat/{host}": b"0" for host in range(len(hosts))})
         texts = {

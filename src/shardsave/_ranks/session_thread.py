@@ -9,21 +9,21 @@ from shardsave._ranks.arrivals import Call
 from shardsave._ranks.failures import StoreLost, failure_of
 from shardsave._ranks.group import Host, Members, Store
 from shardsave._ranks.leader import Leader
-from shardsave._ranks.line import Line
 from shardsave._ranks.log import Log
 from shardsave._ranks.mailbox import Command, Mailbox
-from shardsave._ranks.meeting import Meeting, NotMet
 from shardsave._ranks.member import Member
-from shardsave._ranks.part import Timeouts
+from shardsave._ranks.participant import Timeouts
+from shardsave._ranks.rendezvous import NotMet, Rendezvous
+from shardsave._ranks.store_connection import StoreConnection
 
 
-class Post:
+class SessionThread:
     """The thread. What it learns comes into ``mailbox``."""
 
     def __init__(self, store: Store, members: Members, host: Host, call: Call, number: int, timeouts: Timeouts) -> None:
         """``number``: of the call, see `number_of_call`."""
         self.mailbox = Mailbox()
-        self.line = Line(store, f"shardsave/{members.key}")
+        self.line = StoreConnection(store, f"shardsave/{members.key}")
         self._members = members
         self._host = host
         self._call = call
@@ -55,7 +55,7 @@ class Post:
         try:
             self.line.open()
             seconds, given_up = self._timeouts.rank, lambda: self._abandoned
-            meeting = Meeting(self.line, self._members, self._host, self._call, self._number, seconds, given_up)
+            meeting = Rendezvous(self.line, self._members, self._host, self._call, self._number, seconds, given_up)
             self._take_part(self.line, meeting)
         except NotMet as error:
             mailbox.failure = error.failure
@@ -68,7 +68,7 @@ class Post:
             self._ended = True
             mailbox.news.put(None)
 
-    def _take_part(self, line: Line, meeting: Meeting) -> None:
+    def _take_part(self, line: StoreConnection, meeting: Rendezvous) -> None:
         met = meeting.meet()
         kind = Leader if met.leader == self._members.rank else Member
         try:

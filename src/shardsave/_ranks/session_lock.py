@@ -7,7 +7,7 @@ import os
 from shardsave._ranks.group import Members
 
 
-class Ticket:
+class SessionLock:
     """Says that a thread of this process is in a call of a group. ``kind``: of the call; those of different kinds may run together."""
 
     def __init__(self, members: Members, kind: str, text: str) -> None:
@@ -24,5 +24,5 @@ class Ticket:
             _running.pop(self._key, None)
 
 
-_running: dict[tuple[str, str, int], Ticket] = {}
+_running: dict[tuple[str, str, int], SessionLock] = {}
 os.register_at_fork(after_in_child=_running.clear)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class Session(Protocol):
+class Communicator(Protocol):
     """The ranks of one call; `session` has the implementation."""
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from shardsave._ranks.failures import Failure
-from shardsave._ranks.line import Line
 from shardsave._ranks.log import Entry, Log
 from shardsave._ranks.mailbox import Mailbox
-from shardsave._ranks.meeting import Met
-from shardsave._ranks.roll import Roll, unpack_roll
+from shardsave._ranks.rendezvous import Met
+from shardsave._ranks.store_connection import StoreConnection
+from shardsave._ranks.topology import Topology, unpack_topology
 
 # Kinds of messages. From a member: who it is, a value, "I have left". From a leader: an entry of the log, "the store is lost".
 HELLO, VALUE, LEFT, ENTRY, STORE_LOST = 1, 2, 3, 4, 5
@@ -24,10 +24,12 @@ class Timeouts(NamedTuple):
     phase: float
 
 
-class Part:
+class Participant:
     """A rank's part in a session, run by one thread. `Leader` and `Member` are the two kinds."""
 
-    def __init__(self, line: Line, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox) -> None:
+    def __init__(
+        self, line: StoreConnection, met: Met, names: tuple[int, ...], rank: int, timeouts: Timeouts, mailbox: Mailbox
+    ) -> None:
         self.line = line
         self.met = met
         self.names = names
@@ -35,7 +37,7 @@ class Part:
         self.timeouts = timeouts
         self.mailbox = mailbox
         self.log = Log(line, met.session)
-        self.roll: Roll | None = None
+        self.roll: Topology | None = None
         self.closing = False
 
     @property
@@ -81,5 +83,5 @@ class Part:
     def deliver(self, entry: Entry) -> None:
         """Takes an entry that `log` has taken."""
         if entry.position == 0 and not entry.last:
-            self.roll = unpack_roll(entry.value, self.names)
+            self.roll = unpack_topology(entry.value, self.names)
         self.mailbox.deliver(entry)

@@ -13,7 +13,7 @@ _LONGEST = 1.0
 _GROWTH = 1.5
 
 
-class Pauses:
+class PollIntervals:
     """Pauses of ``first`` seconds that grow from look to look, up to ``last``."""
 
     def __init__(self, first: float, last: float) -> None:
@@ -40,7 +40,7 @@ class Pauses:
         return max(0.0, self._next - time.monotonic())
 
 
-def pauses_for(lookers: int) -> Pauses:
+def pauses_for(lookers: int) -> PollIntervals:
     """The pauses of one of ``lookers`` that look into the same store."""
     first = max(_SHORTEST, lookers * _FIRST_SHARE)
-    return Pauses(first, max(first, min(_LONGEST, max(_LATER, lookers * _LATER_SHARE))))
+    return PollIntervals(first, max(first, min(_LONGEST, max(_LATER, lookers * _LATER_SHARE))))

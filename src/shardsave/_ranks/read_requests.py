@@ -25,7 +25,7 @@ Key = tuple[str, int]
 _Described = tuple[Layout, Sequence[int]]
 
 
-class Want(NamedTuple):
+class ReadRequest(NamedTuple):
     """A stored tensor that somebody needs: its dtype as in safetensors, and who needs what."""
 
     dtype: str
@@ -40,7 +40,7 @@ class _Description(NamedTuple):
     rows: bytes
 
 
-def agree_on_wants(session: Session, mine: Mapping[Key, Want]) -> dict[Key, Want]:
+def agree_on_requests(session: Session, mine: Mapping[Key, ReadRequest]) -> dict[Key, ReadRequest]:
     """What all ranks want, in the order of files and offsets; equal on all ranks.
 
     A `Whole` layout among ``mine`` says that this rank wants all of a tensor; the ranks in it are not looked at.
@@ -67,7 +67,7 @@ def _published(session: Session, classes: list[list[list[int]]]) -> list[list[li
     return json.loads(data)  # type: ignore[no-any-return]
 
 
-def _with_ranks(wants: Mapping[Key, Want], ranks: tuple[int, ...]) -> dict[Key, Want]:
+def _with_ranks(wants: Mapping[Key, ReadRequest], ranks: tuple[int, ...]) -> dict[Key, ReadRequest]:
     """``wants`` of all of ``ranks``, which want the same: whole tensors are wanted by each of them."""
     if not any(isinstance(want.layout, (Whole, Viewed)) for want in wants.values()):
         return dict(wants)
@@ -82,7 +82,7 @@ def _of_ranks(layout: Layout, ranks: tuple[int, ...]) -> Layout:
     return layout
 
 
-def _joined(session: Session, description: _Description, classes: Sequence[Sequence[Sequence[int]]]) -> dict[Key, Want]:
+def _joined(session: Session, description: _Description, classes: Sequence[Sequence[Sequence[int]]]) -> dict[Key, ReadRequest]:
     """The wants of ``classes`` of ranks. One rank of each tells what the others of it need too."""
     tells_rows = session.rank in {groups[0][0] for groups in classes} and len(classes) > 1
     tells_layouts = session.rank in {group[0] for groups in classes for group in groups}
@@ -99,7 +99,7 @@ def _joined(session: Session, description: _Description, classes: Sequence[Seque
             key = shards[shard], offset
             found.setdefault(key, []).append((layouts[number], everybody))
             dtypes[key] = dtype
-    return {key: Want(dtypes[key], _union(found[key])) for key in sorted(found)}
+    return {key: ReadRequest(dtypes[key], _union(found[key])) for key in sorted(found)}
 
 
 def _union(described: Sequence[_Described]) -> Layout:
@@ -111,7 +111,7 @@ def _union(described: Sequence[_Described]) -> Layout:
     return Listed({rank: layout.boxes(rank) for layout, ranks in described for rank in ranks}, first.shape)
 
 
-def _describe(wants: Mapping[Key, Want]) -> _Description:
+def _describe(wants: Mapping[Key, ReadRequest]) -> _Description:
     shards = sorted({shard for shard, _ in wants})
     shard_numbers = {shard: number for number, shard in enumerate(shards)}
     layouts: dict[Layout, int] = {}

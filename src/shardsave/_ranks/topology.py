@@ -10,7 +10,7 @@ from functools import cached_property
 
 
 @dataclass(frozen=True)
-class Roll:
+class Topology:
     """``hosts``: the number of each rank's host. ``host_names``: what the machines are called. ``names``: the global rank of each rank."""
 
     hosts: tuple[int, ...]
@@ -41,9 +41,9 @@ class Roll:
         return zlib.compress(json.dumps([self.hosts, self.host_names]).encode(), 1)
 
 
-def unpack_roll(packed: bytes, names: tuple[int, ...]) -> Roll:
+def unpack_topology(packed: bytes, names: tuple[int, ...]) -> Topology:
     hosts, host_names = json.loads(zlib.decompress(packed))
-    return Roll(tuple(hosts), tuple(host_names), names)
+    return Topology(tuple(hosts), tuple(host_names), names)
 
 
 def runs_of(ranks: Iterable[int]) -> list[list[int]]:

@@ -18,8 +18,8 @@ from shardsave._common.boxes import box
 from shardsave._common.layouts import Grid, Layout, Listed, Placed, Split, Whole
 from shardsave._common.spread import Spread
 from shardsave._engine import engine
-from shardsave._ranks import begin as sessions
-from shardsave._ranks.shipping import Shipping
+from shardsave._ranks import open_session as sessions
+from shardsave._ranks.save_exchange import SaveExchange
 from shardsave._saving.packings import plan_shards
 from shardsave._saving.shards import PlannedShard, plan_blocks
 from shardsave._state.module import Entry
@@ -86,7 +86,7 @@ def planned(tensors: dict[str, tuple[torch.Tensor, Layout]], rank: int | None, b
 
 
 def write(
-    folder: str, shards: Sequence[PlannedShard], numbers: Sequence[int], shipping: Shipping | None, check: Any = None
+    folder: str, shards: Sequence[PlannedShard], numbers: Sequence[int], shipping: SaveExchange | None, check: Any = None
 ) -> list[list[int]]:
     """Writes ``shards`` as an owner does; returns the sums of each."""
     sums = []
@@ -114,7 +114,7 @@ def ship(
         session.hosts = hosts
         shards = planned(model(size), rank, bound)
         owners = [number % size for number in range(len(shards))]
-        shipping = Shipping(session, shards, owners)
+        shipping = SaveExchange(session, shards, owners)
         with closing(shipping.exchange) as exchange:
             exchange.start()
             sums = write(folder, shipping.own, shipping.mine, shipping, session.check)

@@ -1,6 +1,7 @@
 """A connection of our own to the store of the job: no call of it waits for a key, and each says when it began.
 
-One thread uses it. A call blocks as long as the process that serves the store is stopped: so other threads look at `Line.stalled_call`.
+One thread uses it. A call blocks as long as the process that serves the store is stopped: so other threads look at
+`StoreConnection.stalled_call`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _connected(store: Store) -> Store:
             return connection
 
 
-class Line:
+class StoreConnection:
     """Keys under ``prefix`` in a clone of ``store``, from `open` to `close`. Every method raises StoreLost."""
 
     def __init__(self, store: Store, prefix: str) -> None:
@@ -79,9 +80,9 @@ class Line:
             self._store = _connections.get(store) or _connected(store)
         _connections[store] = self._store
 
-    def beside(self, prefix: str) -> Line:
+    def beside(self, prefix: str) -> StoreConnection:
         """A line over the same connection, for keys under another prefix."""
-        line = Line(self._original, prefix)
+        line = StoreConnection(self._original, prefix)
         line._store = self._store
         return line
 

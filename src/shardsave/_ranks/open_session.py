@@ -13,11 +13,11 @@ from shardsave._common.shutdown import raise_if_ending
 from shardsave._ranks import group as groups
 from shardsave._ranks.arrivals import Call, number_of_call
 from shardsave._ranks.failures import JobFailed, StoreLost, failure_of, is_foreign
-from shardsave._ranks.part import Timeouts
-from shardsave._ranks.post import Post
-from shardsave._ranks.roll import Roll, unpack_roll
+from shardsave._ranks.participant import Timeouts
 from shardsave._ranks.session import STALL, TELLING, Session, end_unheld
-from shardsave._ranks.ticket import Ticket
+from shardsave._ranks.session_lock import SessionLock
+from shardsave._ranks.session_thread import SessionThread
+from shardsave._ranks.topology import Topology, unpack_topology
 from shardsave._ranks.waiting import TICK, Stall, join, trouble_of
 from shardsave.errors import ShardSaveError
 
@@ -89,10 +89,10 @@ def begin_with(
 ) -> Session:
     """`begin` with a given store and host."""
     if len(members.names) == 1:
-        return Session(None, call, Roll((0,), (host.name,), members.names), 0, timeouts, usual)
+        return Session(None, call, Topology((0,), (host.name,), members.names), 0, timeouts, usual)
     thread = threading.current_thread()
     number = number_of_call(members, on_main_thread=thread is threading.main_thread())
-    ticket = Ticket(members, call.kind, f"{call} on thread '{thread.name}'")
+    ticket = SessionLock(members, call.kind, f"{call} on thread '{thread.name}'")
     post = None
     try:
         if (running := ticket.take()) is not None:
@@ -101,13 +101,13 @@ def begin_with(
                 f"has ended"
             )
         try:
-            post = Post(store, members, host, call, number, timeouts)
+            post = SessionThread(store, members, host, call, number, timeouts)
             post.start()
         except (OSError, RuntimeError) as error:
             raise usual(
                 f"cannot {call}: rank {members.names[members.rank]} was expected to have a thread and a descriptor free: {error}"
             ) from error
-        roll = unpack_roll(_first(post, timeouts, usual, call), members.names)
+        roll = unpack_topology(_first(post, timeouts, usual, call), members.names)
         return Session(post, call, roll, members.rank, timeouts, usual, ticket)
     except BaseException as error:
         end_unheld(post, ticket, failure_of(error, f"rank {members.names[members.rank]}"))
@@ -116,7 +116,7 @@ def begin_with(
         raise
 
 
-def _first(post: Post, timeouts: Timeouts, usual: type[ShardSaveError], call: Call) -> bytes:
+def _first(post: SessionThread, timeouts: Timeouts, usual: type[ShardSaveError], call: Call) -> bytes:
     """Waits until the ranks have met. Returns what rank 0 published first."""
     stall = Stall(timeouts.rank * STALL)
     while 0 not in post.mailbox.published:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shardsave._ranks.session import Session
 
 
-class Shipping:
+class SaveExchange:
     """What ranks exchange in one save. All ranks make it with equal ``shards`` and ``owners``: the rank that writes each shard.
 
     Pieces of ``shards`` are `Spread` tensors (or other sources, which the owner then holds itself). ``mine``: the numbers of the shards
