@@ -70,7 +70,7 @@ class Job:
     ) -> None:
         self.size = size
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store_in == "agent" else None
-        port = self._store.port if self._store is not None else _free_port()
+        port = self._store.port if self._store is not None else None
         server = _SERVERS[libraries]
         with mock.patch.dict(
             os.environ, PYTHONPATH=os.pathsep.join(sys.path)
@@ -82,13 +82,15 @@ class Job:
             ours, theirs = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
                 target=_run_rank,
-                args=(rank, size, place, port, store_in != "agent" and rank == 0, theirs, list(sys.path), function, arguments),
+                args=(rank, size, place, port, theirs, list(sys.path), function, arguments),
             )
             with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
                 process.start()
             theirs.close()
             self._pipes.append(ours)
             self.processes.append(process)
+            if port is None:  # this is rank 0: nobody else can take the port that it has found free
+                port = ours.recv()
 
     def __enter__(self) -> Job:
         return self
@@ -138,17 +140,11 @@ def run_ranks(
     return [end.value for end in ends]
 
 
-def _free_port() -> int:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return store.port
-
-
 def _run_rank(
     rank: int,
     size: int,
     place: Callable[[int], str],
-    port: int,
-    serves: bool,
+    port: int | None,
     pipe: Connection,
     path: list[str],
     function: Callable[..., Any],
@@ -158,7 +154,9 @@ def _run_rank(
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
-        store = dist.TCPStore(place(rank), port, is_master=serves, wait_for_workers=False)
+        store = dist.TCPStore(place(rank), port or 0, is_master=port is None, wait_for_workers=False)
+        if port is None:
+            pipe.send(store.port)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         end = Ended(function(rank, *arguments))
     except BaseException as error:
