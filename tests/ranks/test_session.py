@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -366,8 +368,8 @@ def test_an_interrupt_while_ranks_meet(struck: int, last: int) -> None:
         assert values == [b"0", b"1", b"2", b"3"] and left == []
 
 
-def interrupted_while_answered(rank: int) -> tuple[str, float]:
-    """Rank 1 is interrupted when rank 0 has seen that all have come, and has not yet answered."""
+def interrupted_while_answered(rank: int, answered: bool) -> tuple[str, float]:
+    """Rank 1 is interrupted when rank 0 has seen that all have come: before it is answered, or before it is connected."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     meet_all(rank)
     answer = Rendezvous._answer
@@ -377,21 +379,29 @@ def interrupted_while_answered(rank: int) -> tuple[str, float]:
             time.sleep(0.01)
         return answer(self, *arguments)
 
+    connect = Member._connect
+
+    def late_too(self: Member) -> None:
+        if sys._getframe(1).f_code is Member.fail.__code__:  # not on its usual way
+            connect(self)
+
     if rank == 1:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    with mock.patch.object(Rendezvous, "_answer", late):
-        try:
-            with open_session(rank) as session:
-                session.exchange("values", b"")
-        except (KeyboardInterrupt, SaveNotCommittedError) as error:
-            return str(error), time.monotonic() - began
+    with mock.patch.object(Member, "_connect", late_too) if answered and rank == 1 else nullcontext():
+        with nullcontext() if answered else mock.patch.object(Rendezvous, "_answer", late):
+            try:
+                with open_session(rank) as session:
+                    session.exchange("values", b"")
+            except (KeyboardInterrupt, SaveNotCommittedError) as error:
+                return str(error), time.monotonic() - began
     return "no error", 0.0
 
 
-def test_an_interrupt_while_ranks_are_answered() -> None:
+@pytest.mark.parametrize("answered", [False, True])
+def test_an_interrupt_while_ranks_are_answered(answered: bool) -> None:
     """Catches a rank that waits at the end of the call for one that has already left it."""
-    for rank, (said, seconds) in enumerate(run_ranks(4, interrupted_while_answered)):
+    for rank, (said, seconds) in enumerate(run_ranks(4, interrupted_while_answered, answered)):
         assert said == ("" if rank == 1 else "rank 1 was interrupted") and seconds < 4, (rank, said, seconds)
 
 

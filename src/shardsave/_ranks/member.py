@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from shardsave._ranks.failures import Failure, StoreLost
 from shardsave._ranks.heartbeat import Pulse
@@ -39,6 +39,9 @@ class Member(Participant):
         raise AssertionError("rank 0 leads its host")
 
     def fail(self, failure: Failure) -> None:
+        if self._leader is None and not self.log.ended:
+            with suppress(OSError):  # interrupted on its way: the leader hears of it at once, and does not wait for this rank
+                self._connect()
         self._receive()  # the call may have ended, and the store with it
         with self._unless_ended():
             for entry in self.log.fail(failure, hear=self._receive):
