@@ -128,7 +128,7 @@ unit: $(VENV)/test.ok
 soak: $(VENV)/test.ok
 	SHARDSAVE_SAVE_FATES=all SHARDSAVE_STROKES=28 $(BIN)/python -m pytest --timeout 7200 -k "each_call_of_a_save or each_call_of_a_conversion or each_call_of_a_clean or strokes"
 	SHARDSAVE_KILLS=2500 SHARDSAVE_POWER_SAMPLES=300 SHARDSAVE_POWER_STEP=7 SHARDSAVE_CUTS=300 SHARDSAVE_RUN_FATES=all \
-	SHARDSAVE_BACKGROUND_FAILURES=1000 SHARDSAVE_BACKGROUND_KILLS=200 SHARDSAVE_RANK_FAULTS=all SHARDSAVE_RANK_KILLS=500 \
+	SHARDSAVE_BACKGROUND_FAILURES=1000 SHARDSAVE_BACKGROUND_KILLS=200 SHARDSAVE_RANK_FAULTS=all SHARDSAVE_RANK_KILLS=1000 \
 	$(BIN)/python -m pytest --timeout 7200 -k "power_loss or cut_off or killed_at_any_moment or each_call_of_a_removal or each_call_of_a_rank or a_rank_killed or a_rank_stopped or failures_and_cancellations"
 
 # Compares our parsers with other readers of the same format, guided by coverage if atheris has a wheel for this Python.

@@ -236,6 +236,7 @@ class CheckpointManager(Generic[Saved]):
             TypeError, ValueError: for wrong arguments.
             OutOfSpaceError: as in `save`; the message says what the policy will remove after the next commit, and its size.
             SaveNotCommittedError: also if another process seems to write this run: it has a later step, or this one is there already.
+            ShardSaveError: ranks cannot tell each other when to save, since the store of their job is lost; what was committed stays.
             all that `save` raises.
         """
         self._begin_turn(model, training, options)
