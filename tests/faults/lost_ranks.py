@@ -157,6 +157,9 @@ def judge_loss(bench: RankBench, ends: list[Ended], lost: int) -> int | None:
     ]
     if found == 2 and told_late:  # rank 0 was lost while it told of the commit: some know of it, the others found it out
         results -= {("", "")}
+    cannot_tell = {end for end in results if end[0] == "DurabilityUncertainError" and "cannot tell" in end[1]}
+    if lost == 0 and found == bench.old and any("nothing was committed" in message for _, message in results):
+        results -= cannot_tell  # the store died with rank 0: only who had not yet voted knows that nothing can be committed
     assert found in (bench.old, 2) and len(results) == 1, (results, found)
     error, message = results.pop()
     if not error:

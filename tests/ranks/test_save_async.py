@@ -128,8 +128,8 @@ def test_replicas_of_the_moment_of_the_call(tmp_path: Path) -> None:
     ends = run_ranks(4, differing, tmp_path)
     assert all(end == ends[0] for end in ends), ends
     assert "cannot save 'bias'" in ends[0][0] and "rank 3 and rank 0 differ" in ends[0][0], ends[0]
-    assert "of replicas, those of the lowest rank were saved: 'mean'" in ends[0][1], ends[0]
-    assert "cannot save 'mean'" in ends[0][2], ends[0]
+    assert "of replicas, those of the lowest rank were saved: the training state's 'mean'" in ends[0][1], ends[0]
+    assert "cannot save the training state's 'mean'" in ends[0][2], ends[0]
     assert shardsave.load(tmp_path / "ckpt")["bias"].tolist() == [1.0, 1.0]
 
 
