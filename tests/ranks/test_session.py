@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -173,33 +174,46 @@ def test_a_foreign_error() -> None:
         assert ends == ([(name, "odd") for name in names] if rank == 2 else told)
 
 
-def fail_after_the_end(rank: int) -> str:
-    """Rank 0 fails, leaves and deletes what the session has in the store; what it has told rank 1 is read there only afterwards."""
-    held, is_held, goes_on = threading.Event(), threading.Event(), threading.Event()
-    step = Member.step
+class Held(NamedTuple):
+    """How a member of a session is made to hear nothing: it ``stops`` at its next step, then it ``stands``, until it ``goes_on``."""
+
+    stops: threading.Event
+    stands: threading.Event
+    goes_on: threading.Event
+
+
+@contextmanager
+def held_member() -> Iterator[Held]:
+    held, step = Held(threading.Event(), threading.Event(), threading.Event()), Member.step
 
     def late_step(member: Member) -> None:
-        if held.is_set():
-            is_held.set()
-            goes_on.wait()
+        if held.stops.is_set():
+            held.stands.set()
+            held.goes_on.wait()
         else:
             step(member)
 
-    error = ""
     with mock.patch.object(Member, "step", late_step):
+        yield held
+
+
+def fail_after_the_end(rank: int) -> str:
+    """Rank 0 fails, leaves and deletes what the session has in the store; what it has told rank 1 is read there only afterwards."""
+    error = ""
+    with held_member() as held:
         try:
             with open_session(rank) as session:
                 session.exchange("values", b"")
-                held.set()
+                held.stops.set()
                 if rank == 1:
                     session._post.mailbox.bell.ring()
-                    is_held.wait()
+                    held.stands.wait()
                 meet_all(rank)
                 if rank == 0:
                     raise OutOfSpaceError("first")
                 while any("/log/" in key for key in leftovers()):
                     time.sleep(0.001)
-                threading.Timer(0.05, goes_on.set).start()
+                threading.Timer(0.05, held.goes_on.set).start()
                 raise OutOfSpaceError("second")
         except OutOfSpaceError as raised:
             error = str(raised)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from unittest import mock
 
 import pytest
-from test_session import leftovers, meet_all, open_session
+from test_session import held_member, leftovers, meet_all, open_session
 
 from jobs import run_ranks
 from shardsave._ranks import group as groups
 from shardsave._ranks import leader
 from shardsave._ranks.log import FAILURE
-from shardsave._ranks.member import Member
 from shardsave._ranks.store_connection import StoreConnection
 from shardsave.errors import OutOfSpaceError
 
@@ -60,31 +58,21 @@ def test_an_error_that_comes_where_the_log_was(rank_0_fails: bool) -> None:
 
 def sleep_at_the_end(rank: int) -> tuple[bool, bool, list[str]]:
     """Rank 1 reads nothing while rank 0 publishes more than a socket holds, and leaves."""
-    held, is_held, goes_on = threading.Event(), threading.Event(), threading.Event()
-    step = Member.step
-
-    def late_step(member: Member) -> None:
-        if held.is_set():
-            is_held.set()
-            goes_on.wait()
-        else:
-            step(member)
-
     decision = b"yes" * (1 << 20)
-    with mock.patch.object(Member, "step", late_step), mock.patch.object(leader, "_PATIENCE", 0.1):
+    with held_member() as held, mock.patch.object(leader, "_PATIENCE", 0.1):
         with open_session(rank) as session:
             session.exchange("values", b"")
             if rank == 1:
-                held.set()
+                held.stops.set()
                 session._post.mailbox.bell.ring()
-                is_held.wait()
+                held.stands.wait()
             meet_all(rank)
             if rank == 0:
                 session.publish("decision", decision)
                 session.close()
             meet_all(rank)
-            held.clear()
-            goes_on.set()
+            held.stops.clear()
+            held.goes_on.set()
             knows = rank == 0 or session.publish("decision") == decision
         stays = bool(leftovers())
         meet_all(rank)
